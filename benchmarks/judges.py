@@ -1,0 +1,127 @@
+# Copyright (c) MONAI-JointDiff Contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Networks that judge and were never trained with ours: the plain CNN, and the feature spaces for distances."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from monai_jointdiff.metrics import EfficientNetFeatures
+
+__all__ = ["CNNFeatures", "PlainCNN", "feature_spaces", "train_cnn"]
+
+
+class PlainCNN(nn.Module):
+    """Four convolution layers, global average pooling, a linear layer.
+
+    Args:
+        in_channels: channels of the images.
+        num_classes: K.
+        width: channels of the first layer; doubled twice.
+    """
+
+    def __init__(self, in_channels: int, num_classes: int, width: int = 32) -> None:
+        super().__init__()
+        widths = (in_channels, width, 2 * width, 4 * width, 4 * width)
+        self.layers = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in zip(widths[:-1], widths[1:], strict=True))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(b) for b in widths[1:])
+        self.head = nn.Linear(widths[-1], num_classes)
+
+    def features(self, x: Tensor) -> Tensor:
+        """(N, 4 width) from (N, C, H, W)."""
+        for index, (layer, norm) in enumerate(zip(self.layers, self.norms, strict=True)):
+            x = F.relu(norm(layer(x)))
+            x = F.max_pool2d(x, 2) if index < 3 else x
+        return x.mean(dim=(2, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (N, K)."""
+        return self.head(self.features(x))
+
+
+def train_cnn(
+    images: Tensor, labels: Tensor, num_classes: int, seed: int, epochs: int, augment: bool = True, batch_size: int = 64
+) -> PlainCNN:
+    """Train the plain CNN with Adam and a cosine schedule.
+
+    Args:
+        images: (N, C, H, W) in [-1, 1].
+        labels: (N,).
+        num_classes: K.
+        seed: of weights, order and augmentation.
+        epochs: passes through the data.
+        augment: small shifts, contrast and noise.
+        batch_size: images per step.
+    """
+    torch.manual_seed(seed)
+    network = PlainCNN(images.shape[1], num_classes)
+    optimizer = torch.optim.AdamW(network.parameters(), 1e-3)
+    steps = epochs * (len(images) // batch_size)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for _ in range(epochs):
+        for index in torch.randperm(len(images)).split(batch_size)[: len(images) // batch_size]:
+            batch = _disturb(images[index]) if augment else images[index]
+            optimizer.zero_grad()
+            F.cross_entropy(network(batch), labels[index]).backward()
+            optimizer.step()
+            schedule.step()
+    return network.eval()
+
+
+def _disturb(x: Tensor) -> Tensor:
+    """Shift by up to two pixels, contrast and brightness, noise; each image its own contrast."""
+    shift = [int(s) for s in torch.randint(-2, 3, (2,))]
+    x = torch.roll(x, shift, dims=(2, 3))
+    gain, offset = 1 + 0.4 * (torch.rand(len(x), 1, 1, 1) - 0.5), 0.4 * (torch.rand(len(x), 1, 1, 1) - 0.5)
+    return x * gain + offset + 0.1 * torch.rand(len(x), 1, 1, 1) * torch.randn_like(x)
+
+
+class CNNFeatures:
+    """Pooled features of a :class:`PlainCNN` trained on the same data, apart from the models that are compared.
+
+    Args:
+        network: the trained network.
+    """
+
+    def __init__(self, network: PlainCNN) -> None:
+        self.network = network.eval()
+
+    @torch.no_grad()
+    def extract(self, images: Any) -> np.ndarray:
+        """(N, D) from (N, C, H, W)."""
+        batches = torch.as_tensor(images, dtype=torch.float32).split(256)
+        return torch.cat([self.network.features(batch) for batch in batches]).double().numpy()
+
+
+def feature_spaces(images: Tensor, labels: Tensor, num_classes: int, cache: Path) -> dict[str, Any]:
+    """The two feature spaces of the distances: ImageNet features, and those of an independently trained classifier.
+
+    Args:
+        images: (N, C, H, W) training images.
+        labels: (N,).
+        num_classes: K.
+        cache: file that keeps the trained classifier between cells.
+    """
+    if cache.is_file():
+        network = PlainCNN(images.shape[1], num_classes)
+        network.load_state_dict(torch.load(cache, weights_only=True))
+    else:
+        network = train_cnn(images, labels, num_classes, seed=987, epochs=6)
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(network.state_dict(), cache)
+    return {"ImageNet (EfficientNet-Lite0)": EfficientNetFeatures(), "CNN of the same data": CNNFeatures(network)}

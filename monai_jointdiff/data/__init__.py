@@ -1,0 +1,54 @@
+# Copyright (c) MONAI-JointDiff Contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Where data come from: phantoms, MedMNIST files, folders of images; and which image each draw of a run shows."""
+
+from __future__ import annotations
+
+from .draws import BalancedOrder, DrawBatchSampler, DrawDataset, DrawOrder, ShuffledOrder, draw_seed
+from .folder import find_images, read_folder
+from .intensity import IntensityRule
+from .labels import EncodedLabels, encode_labels
+from .medmnist import download_medmnist
+from .npz import read_npz
+from .phantoms import CHEST_CLASSES, ChestPhantoms, Phantom
+from .reading import ImagePreprocessing, read_image
+from .records import Found, Record
+from .source import ImageSource, PrepareItem, open_source
+from .splits import canonical_part, complete_parts
+
+__all__ = [
+    "BalancedOrder",
+    "CHEST_CLASSES",
+    "ChestPhantoms",
+    "DrawBatchSampler",
+    "DrawDataset",
+    "DrawOrder",
+    "EncodedLabels",
+    "Found",
+    "ImagePreprocessing",
+    "ImageSource",
+    "IntensityRule",
+    "Phantom",
+    "PrepareItem",
+    "Record",
+    "ShuffledOrder",
+    "canonical_part",
+    "complete_parts",
+    "download_medmnist",
+    "draw_seed",
+    "encode_labels",
+    "find_images",
+    "open_source",
+    "read_folder",
+    "read_image",
+    "read_npz",
+]

@@ -1,0 +1,112 @@
+# Copyright (c) MONAI-JointDiff Contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Which images train, which choose the model, which test it."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Hashable, Mapping, Sequence
+
+import numpy as np
+
+__all__ = ["PARTS", "canonical_part", "complete_parts"]
+
+PARTS = ("train", "val", "test")
+_ALIASES = {
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "dev": "val",
+    "test": "test",
+    "testing": "test",
+}
+
+
+def canonical_part(name: str) -> str:
+    """`"train"`, `"val"` or `"test"` for any of the names in use (training, valid, validation, dev, testing).
+
+    Args:
+        name: as written in a file, in any case.
+
+    Raises:
+        ValueError: for any other name.
+    """
+    part = _ALIASES.get(str(name).strip().lower())
+    if part is None:
+        raise ValueError(f"canonical_part: {name!r} is no part of a data set; right are {', '.join(_ALIASES)}.")
+    return part
+
+
+def complete_parts(
+    parts: Sequence[str | None],
+    labels: Sequence[Hashable],
+    groups: Sequence[Hashable] | None = None,
+    seed: int = 0,
+    val_fraction: float = 0.15,
+    test_fraction: float = 0.2,
+) -> list[str]:
+    """Give every image a part: validation and test parts that are missing are taken out of the training part.
+
+    Images without a part count as training images. Groups (patients) stay together, and each part gets its share of every
+    label as nearly as whole groups allow. A data set without any training image is left as it is: it is there to be tested on.
+
+    Args:
+        parts: canonical part of each image, or None.
+        labels: label of each image.
+        groups: patient of each image. None: each image for itself.
+        seed: seed of the choice.
+        val_fraction: share of the validation part, if it is missing.
+        test_fraction: share of the test part, if it is missing.
+
+    Returns:
+        the part of each image.
+
+    Raises:
+        ValueError: when the fractions are not shares that leave something to train on.
+    """
+    if min(val_fraction, test_fraction) < 0 or val_fraction + test_fraction >= 1:
+        raise ValueError(
+            f"complete_parts: val_fraction and test_fraction must be at least 0 and together below 1, "
+            f"got {val_fraction} and {test_fraction}."
+        )
+    complete = [part if part is not None else "train" for part in parts]
+    fractions = {"test": test_fraction, "val": val_fraction}
+    missing = {part: share for part, share in fractions.items() if part not in complete and share > 0}
+    members = defaultdict(list)
+    for index, part in enumerate(complete):
+        if part == "train":
+            members[index if groups is None else groups[index]].append(index)
+    shares = {"train": 1 - sum(missing.values()), **missing}
+    for group, part in _distribute(members, labels, shares, seed).items():
+        for index in members[group]:
+            complete[index] = part
+    return complete
+
+
+def _distribute(
+    members: Mapping[Hashable, Sequence[int]], labels: Sequence[Hashable], shares: Mapping[str, float], seed: int
+) -> dict[Hashable, str]:
+    """Large groups first, each to the part that lacks most of what the group has."""
+    totals = Counter(labels[index] for indices in members.values() for index in indices)
+    lacking = {part: {label: share * total for label, total in totals.items()} for part, share in shares.items()}
+    keys = list(members)
+    order = [keys[position] for position in np.random.default_rng(seed).permutation(len(keys))]
+    chosen: dict[Hashable, str] = {}
+    for group in sorted(order, key=lambda key: -len(members[key])):
+        content = Counter(labels[index] for index in members[group])
+        part = max(lacking, key=lambda part: sum(n * lacking[part][label] / totals[label] for label, n in content.items()))
+        for label, count in content.items():
+            lacking[part][label] -= count
+        chosen[group] = part
+    return chosen

@@ -1,0 +1,83 @@
+# Copyright (c) MONAI-JointDiff Contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""How a joint model is trained, evaluated and described: what stock MONAI engines need beside their own parts."""
+
+from __future__ import annotations
+
+from .bundle import (
+    PretrainedReport,
+    announce,
+    check_options,
+    class_weights,
+    draw_order,
+    epoch_length,
+    find_bundle_root,
+    freeze_encoder,
+    load_pretrained,
+    load_weights,
+)
+from .description import Decision, ModelDescription
+from .generation import (
+    GenerationRow,
+    SamplingInferer,
+    compare_generation,
+    draw_samples,
+    noise_of_draws,
+    write_generation,
+)
+from .precision import resolve_autocast
+from .prepare_batch import JointPrepareBatch, ValidationPrepareBatch
+from .reporting import ClassificationReporter, choose_decision, write_predictions_csv
+from .serving import (
+    announce_model,
+    images_to_classify,
+    load_trained,
+    noise_items,
+    preprocessing_of_model,
+    source_of_model,
+)
+from .training_report import TrainingReport, predict
+
+__all__ = [
+    "ClassificationReporter",
+    "Decision",
+    "GenerationRow",
+    "JointPrepareBatch",
+    "ModelDescription",
+    "PretrainedReport",
+    "SamplingInferer",
+    "TrainingReport",
+    "ValidationPrepareBatch",
+    "announce",
+    "announce_model",
+    "check_options",
+    "choose_decision",
+    "class_weights",
+    "compare_generation",
+    "draw_order",
+    "draw_samples",
+    "epoch_length",
+    "find_bundle_root",
+    "freeze_encoder",
+    "images_to_classify",
+    "load_pretrained",
+    "load_trained",
+    "load_weights",
+    "noise_items",
+    "noise_of_draws",
+    "predict",
+    "preprocessing_of_model",
+    "resolve_autocast",
+    "source_of_model",
+    "write_generation",
+    "write_predictions_csv",
+]

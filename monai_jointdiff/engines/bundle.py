@@ -1,0 +1,250 @@
+# Copyright (c) MONAI-JointDiff Contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from monai_jointdiff.data import BalancedOrder, DrawOrder, ImageSource, ShuffledOrder
+
+__all__ = [
+    "PretrainedReport",
+    "announce",
+    "check_options",
+    "class_weights",
+    "draw_order",
+    "epoch_length",
+    "find_bundle_root",
+    "freeze_encoder",
+    "load_pretrained",
+    "load_weights",
+]
+
+def find_bundle_root(name: str) -> str:
+    """The folder of a bundle, seen from the repository's root or from the bundle itself.
+
+    MONAI would take the current folder without a word and write `models/` into it; here any other place is refused.
+
+    Args:
+        name: the bundle's `name` in its metadata.json, which is its folder's name below `bundles/`.
+
+    Returns:
+        `bundles/<name>` or `.`.
+
+    Raises:
+        ValueError: from anywhere else.
+    """
+    for candidate in (Path("bundles") / name, Path()):
+        metadata = candidate / "configs" / "metadata.json"
+        if metadata.is_file() and json.loads(metadata.read_text(encoding="utf-8")).get("name") == name:
+            return str(candidate)
+    raise ValueError(
+        f"find_bundle_root: {Path.cwd()} is neither the folder of the bundle '{name}' nor the repository that holds "
+        f"bundles/{name}. Change there, or say where it is: --bundle_root PATH."
+    )
+
+
+def epoch_length(num_images: int, batch_size: int, world_size: int = 1) -> int:
+    """Iterations in which the images pass once, rounded down, at least one.
+
+    Args:
+        num_images: images in the training part.
+        batch_size: images per process and iteration.
+        world_size: number of processes.
+
+    Raises:
+        ValueError: for a training part without images or a batch size below 1.
+    """
+    if num_images < 1 or batch_size < 1:
+        raise ValueError(
+            f"epoch_length: needs at least one training image and a batch size of at least 1, "
+            f"got {num_images} images and a batch size of {batch_size}."
+        )
+    return max(1, num_images // (batch_size * world_size))
+
+
+def draw_order(items: Sequence[Mapping[str, Any]], seed: int, balance: str = "none") -> DrawOrder:
+    """Which training image the n-th draw of the run takes.
+
+    Args:
+        items: the training part.
+        seed: seed of the order.
+        balance: `sampler` draws every class equally often; anything else passes through all images in turn.
+
+    Returns:
+        a pure function of the number of the draw.
+    """
+    if balance == "sampler":
+        return BalancedOrder([item["label"] for item in items], seed)
+    return ShuffledOrder(len(items), seed)
+
+
+def class_weights(items: Sequence[Mapping[str, Any]], num_classes: int, balance: str = "none") -> list[float] | None:
+    """Weights of the classification term that give every class the same total weight.
+
+    Args:
+        items: the training part, of which the labelled images count.
+        num_classes: number of classes K.
+        balance: `weights` asks for them; anything else gives None.
+
+    Returns:
+        K weights with mean 1 over the labelled images, or None.
+
+    Raises:
+        ValueError: when a class has no labelled training image.
+    """
+    if balance != "weights":
+        return None
+    counts = np.bincount([int(item["label"]) for item in items if item["label"] >= 0], minlength=num_classes)
+    if (counts == 0).any():
+        raise ValueError(f"class_weights: no labelled training image of class {int(counts.argmin())} of {num_classes}.")
+    return [float(weight) for weight in counts.sum() / (num_classes * counts)]
+
+
+def announce(source: ImageSource, ckpt_dir: str | Path, output_dir: str | Path, preflight: bool = True) -> None:
+    """Say where the data come from and where results go, then check all files.
+
+    MONAI ignores a misspelt option without a word: this is where a user sees that `--datset_dir` was not understood.
+
+    Args:
+        source: the data.
+        ckpt_dir: folder for weights.
+        output_dir: folder for numbers and pictures.
+        preflight: read every file before the work begins and name all bad ones.
+
+    Raises:
+        ValueError: naming all files that cannot be read.
+    """
+    print(f"{source.summary()}\nweights: {ckpt_dir}\nresults: {output_dir}", flush=True)
+    if preflight:
+        source.preflight()
+
+
+def check_options(amp: bool = False, compile: bool = False, balance: str = "none", **counts: float | None) -> None:
+    """Refuse options that would be ignored or fail late.
+
+    Args:
+        amp: the engine's own mixed precision. Refused: it does nothing on the CPU; use `precision`.
+        compile: `torch.compile`. Refused: MONAI 1.6.1's trainer wraps predictions in a way that breaks it.
+        balance: `none`, `weights` (class weights in the loss) or `sampler` (classes drawn equally often).
+        counts: numbers that must be positive, or None.
+
+    Raises:
+        ValueError: naming the option and what is right.
+    """
+    if amp:
+        raise ValueError("check_options: --amp is not supported; use --precision bf16 (autocast in the inferer).")
+    if compile:
+        raise ValueError("check_options: --compile is not supported: MONAI 1.6's trainer breaks torch.compile here.")
+    if balance not in ("none", "weights", "sampler"):
+        raise ValueError(f"check_options: --balance is {balance!r}, it must be 'none', 'weights' or 'sampler'.")
+    for name, value in counts.items():
+        if value is not None and not value > 0:
+            raise ValueError(f"check_options: --{name} must be greater than 0, got {value!r}.")
+
+
+def load_weights(path: str | Path) -> dict[str, torch.Tensor]:
+    """A plain state dict from a file, without unpickling code.
+
+    Args:
+        path: `model.pt` (a state dict), or a resumable checkpoint, of which the EMA weights are taken.
+
+    Raises:
+        ValueError: when the file is missing, unreadable or holds something else.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for a broken file; the file's name is what the user needs
+        raise ValueError(f"load_weights: cannot read weights from {path}: {error}") from error
+    if isinstance(content, dict) and isinstance(content.get("ema"), dict):
+        content = content["ema"]
+    if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
+        raise ValueError(f"load_weights: {path} holds no state dict (names to tensors).")
+    return content
+
+
+@dataclass(frozen=True)
+class PretrainedReport:
+    """Which keys a pretrained file filled.
+
+    Args:
+        loaded: keys taken from the file.
+        missing: keys of the network that the file lacks (they keep their initialization).
+        unexpected: keys of the file that the network lacks.
+        mismatched: keys with another shape (they keep their initialization).
+    """
+
+    loaded: list[str]
+    missing: list[str]
+    unexpected: list[str]
+    mismatched: list[str]
+
+    def __str__(self) -> str:
+        lines = [f"pretrained: {len(self.loaded)} tensors loaded"]
+        for name in ("missing", "unexpected", "mismatched"):
+            keys = getattr(self, name)
+            lines.append(f"  {name}: {len(keys)}" + (f" ({', '.join(keys)})" if keys else ""))
+        return "\n".join(lines)
+
+
+def load_pretrained(network: nn.Module, path: str | Path | None) -> PretrainedReport | None:
+    """Start from the weights of another training and say exactly which were taken.
+
+    Args:
+        network: changed in place.
+        path: file with a state dict, or None: nothing is done.
+
+    Returns:
+        the report, also printed; None without a file.
+
+    Raises:
+        ValueError: when not a single tensor of the file fits.
+    """
+    if path is None:
+        return None
+    weights, own = load_weights(path), network.state_dict()
+    fits = {key: value for key, value in weights.items() if key in own and own[key].shape == value.shape}
+    report = PretrainedReport(
+        loaded=sorted(fits),
+        missing=sorted(set(own) - set(weights)),
+        unexpected=sorted(set(weights) - set(own)),
+        mismatched=sorted(key for key in weights if key in own and own[key].shape != weights[key].shape),
+    )
+    if not fits:
+        raise ValueError(f"load_pretrained: no tensor of {path} fits {type(network).__name__}.")
+    network.load_state_dict(fits, strict=False)
+    print(report)
+    return report
+
+
+def freeze_encoder(network: nn.Module, freeze: bool = True) -> list[nn.Parameter]:
+    """Stop the encoder (input convolution, time embedding, down and middle blocks) from learning.
+
+    Args:
+        network: a :class:`~monai_jointdiff.networks.JointDiffusionUNet`, changed in place.
+        freeze: False leaves everything trainable.
+
+    Returns:
+        the parameters that still learn, for the optimizer.
+    """
+    if freeze:
+        for name in ("conv_in", "time_embed", "down_blocks", "middle_block"):
+            part: Any = getattr(network, name)
+            part.requires_grad_(False)
+    return [parameter for parameter in network.parameters() if parameter.requires_grad]

@@ -1,0 +1,70 @@
+# Copyright (c) MONAI-JointDiff Contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Mixed precision for the inferers, only where it is fast."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+
+import torch
+
+__all__ = ["has_fast_bf16", "resolve_autocast"]
+
+
+def resolve_autocast(name: str, device: str | torch.device) -> torch.dtype | None:
+    """The type for `torch.autocast` in the inferers.
+
+    Args:
+        name: `auto` (bf16 where it is fast, see :func:`has_fast_bf16`, else fp32), `fp32` or `bf16`. fp16 is refused:
+            its gradients underflow without a scaler, and the scaler of MONAI's engines exists on CUDA only.
+        device: where the network runs.
+
+    Returns:
+        `torch.bfloat16`, or None for no autocast.
+
+    Raises:
+        ValueError: for fp16, an unknown name, or bf16 on a device that has none.
+    """
+    if name == "fp16":
+        raise ValueError(
+            "resolve_autocast: fp16 is not supported, because its gradients need a scaler; use 'bf16', which does not."
+        )
+    if name not in ("auto", "fp32", "bf16"):
+        raise ValueError(f"resolve_autocast: precision must be 'auto', 'fp32' or 'bf16', got {name!r}.")
+    device = torch.device(device)
+    if name == "fp32" or (name == "auto" and not has_fast_bf16(device)):
+        return None
+    if not _has_bf16(device):
+        raise ValueError(f"resolve_autocast: {device} does not support bf16; use 'fp32'.")
+    return torch.bfloat16
+
+
+def has_fast_bf16(device: str | torch.device) -> bool:
+    """Whether bf16 is faster than fp32: GPUs with native bf16, CPUs with AMX or AVX512-BF16 instructions (Linux)."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and bool({"amx_bf16", "avx512_bf16"} & _cpu_flags())
+
+
+def _has_bf16(device: torch.device) -> bool:
+    return device.type == "cpu" or (device.type == "cuda" and torch.cuda.is_bf16_supported())
+
+
+def _cpu_flags() -> set[str]:
+    """Instruction sets of the CPU; empty where the system does not list them in /proc/cpuinfo."""
+    info = Path("/proc/cpuinfo")
+    if platform.system() != "Linux" or not info.is_file():
+        return set()
+    lines = info.read_text(encoding="utf-8", errors="replace").splitlines()
+    return {flag for line in lines if line.startswith("flags") for flag in line.partition(":")[2].split()}

@@ -1,0 +1,245 @@
+# Copyright (c) MONAI-JointDiff Contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""From a batch of the loader to the arguments of inferer and loss; noise and timesteps by draw."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from monai.data import MetaTensor
+from monai.engines import PrepareBatch
+from torch import Tensor
+
+from monai_jointdiff.data import draw_seed
+from monai_jointdiff.losses import min_snr_weight
+from monai_jointdiff.schedulers import GridScheduler
+
+__all__ = ["JointPrepareBatch", "PreparedBatch", "ValidationPrepareBatch"]
+
+TASKS = ("joint", "denoise", "classify")
+WEIGHTINGS = ("uniform", "min_snr")
+
+
+class PreparedBatch(NamedTuple):
+    """What an engine gives its inferer and its loss.
+
+    Args:
+        inputs: image (N, C, *spatial), first argument of the inferer.
+        targets: `label` (M,) int64 or (M, K) float, `target` (N, C, *spatial), `weight` (N,); second argument of the
+            loss.
+        args: none.
+        kwargs: `noise` (N, C, *spatial), `timesteps` (N,), `clean` (M, C, *spatial) and, if the network is
+            class-conditional, `class_labels`; keywords of the inferer.
+    """
+
+    inputs: Tensor
+    targets: dict[str, Tensor]
+    args: tuple[()]
+    kwargs: dict[str, Tensor]
+
+
+class JointPrepareBatch(PrepareBatch):
+    """Turns a batch of the loader into the arguments of a joint training step.
+
+    Noise, timestep and label dropout of an image are functions of (seed, number of its draw): a resumed run, another
+    number of workers and another number of processes see the same. They are drawn on the CPU in float32 whatever the
+    device, so they do not depend on it.
+
+    Args:
+        scheduler: noise process; gives the prediction's target and the SNR.
+        seed: of the run.
+        weighting: w(t): `uniform` (1) or `min_snr` (:func:`~monai_jointdiff.losses.min_snr_weight`).
+        gamma: of min-SNR.
+        clean_key: key of the image that the head sees (augmented), (N, C, *spatial).
+        label_dropout: probability with which an image's class is hidden from a class-conditional network, in [0, 1].
+        class_conditional: whether the network is given the class.
+        num_classes: number of classes, the index of the null class; needed by a class-conditional network with
+            integer labels (a multi-label network has a row of -1 for it).
+        task: `joint`; `denoise` for a network without head (no `clean`, no `label`); `classify` for one without
+            decoder (the clean image is the input, the label the only target). The controls of the joint model.
+
+    Raises:
+        ValueError: for an unknown weighting or task, a probability out of range, or a missing `num_classes`.
+
+    Example:
+        >>> from monai_jointdiff.schedulers import make_scheduler
+        >>> prepare = JointPrepareBatch(make_scheduler("ddim"), seed=0, clean_key="image")
+        >>> batch = {"image": torch.zeros(2, 1, 8, 8), "label": torch.tensor([0, -1]), "draw": torch.tensor([6, 7])}
+        >>> image, targets, _, keywords = prepare(batch, "cpu")
+        >>> sorted(targets), sorted(keywords)
+        (['label', 'target', 'weight'], ['clean', 'noise', 'timesteps'])
+    """
+
+    def __init__(
+        self,
+        scheduler: GridScheduler,
+        seed: int,
+        weighting: str = "uniform",
+        gamma: float = 5.0,
+        clean_key: str = "image_cls",
+        label_dropout: float = 0.15,
+        class_conditional: bool = False,
+        num_classes: int | None = None,
+        task: str = "joint",
+    ) -> None:
+        name = type(self).__name__
+        if weighting not in WEIGHTINGS:
+            raise ValueError(f"{name}: weighting must be one of {WEIGHTINGS}, got {weighting!r}.")
+        if task not in TASKS:
+            raise ValueError(f"{name}: task must be one of {TASKS}, got {task!r}.")
+        if not 0 <= label_dropout <= 1:
+            raise ValueError(f"{name}: label_dropout must be in [0, 1], got {label_dropout}.")
+        self.scheduler = scheduler
+        self.seed = seed
+        self.weighting = weighting
+        self.gamma = gamma
+        self.clean_key = clean_key
+        self.label_dropout = label_dropout
+        self.class_conditional = class_conditional
+        self.num_classes = num_classes
+        self.task = task
+
+    def __call__(
+        self,
+        batchdata: Mapping[str, Any],
+        device: str | torch.device | None = None,
+        non_blocking: bool = False,
+        **kwargs: Any,
+    ) -> PreparedBatch:
+        """Prepare one batch.
+
+        Args:
+            batchdata: `image` (N, C, *spatial) in [-1, 1], the image at `clean_key`, `label` ((N,) int64 or (N, K)),
+                and what identifies the images: `draw` (N,).
+            device: of the results.
+            non_blocking: as for `Tensor.to`.
+            kwargs: further arguments of `Tensor.to` for the images, for example `dtype`.
+
+        Returns:
+            arguments of the inferer and of the loss.
+
+        Raises:
+            ValueError: if the batch lacks a key, or labels do not fit a class-conditional network.
+        """
+
+        def move(tensor: Tensor, **options: Any) -> Tensor:
+            return tensor.to(device=device, non_blocking=non_blocking, **options)
+
+        if self.task == "classify":
+            clean = move(self._tensor(batchdata, self.clean_key), **kwargs)
+            return PreparedBatch(clean, {"label": move(self._tensor(batchdata, "label"))}, (), {})
+
+        image = move(self._tensor(batchdata, "image"), **kwargs)
+        seeds = self.seeds(batchdata)
+        drawn = [_draw(seed, image.shape[1:], self.scheduler.num_train_timesteps) for seed in seeds]
+        noise = move(torch.stack([one.noise for one in drawn])).to(image.dtype)
+        timesteps = torch.tensor([one.timestep for one in drawn])
+        weight = move(self._weight(timesteps).to(image.dtype))
+        timesteps = move(timesteps)
+        targets = {"target": self.scheduler.training_target(image, noise, timesteps), "weight": weight}
+        keywords = {"noise": noise, "timesteps": timesteps}
+        if self.task == "joint":
+            targets["label"] = move(self._tensor(batchdata, "label"))
+            keywords["clean"] = move(self._tensor(batchdata, self.clean_key), **kwargs)
+        if self.class_conditional:
+            hidden = torch.tensor([one.uniform < self.label_dropout for one in drawn])
+            keywords["class_labels"] = move(self._class_labels(self._tensor(batchdata, "label"), hidden))
+        return PreparedBatch(image, targets, (), keywords)
+
+    def seeds(self, batchdata: Mapping[str, Any]) -> list[int]:
+        """One seed per image, of its noise, timestep and label dropout."""
+        draws = self._tensor(batchdata, "draw")
+        return [draw_seed(self.seed, int(draw), "noise") for draw in draws]
+
+    def _weight(self, timesteps: Tensor) -> Tensor:
+        if self.weighting == "uniform":
+            return torch.ones(len(timesteps))
+        return min_snr_weight(self.scheduler.snr(timesteps), self.scheduler.prediction_type, self.gamma)
+
+    def _class_labels(self, label: Tensor, hidden: Tensor) -> Tensor:
+        """The network's class condition: the null class for hidden and unlabelled images."""
+        if label.ndim == 2:
+            return torch.where(hidden[:, None], -torch.ones_like(label), label)
+        if self.num_classes is None:
+            raise ValueError(f"{type(self).__name__}: a class-conditional network with classes needs num_classes.")
+        return torch.where(hidden | (label < 0), torch.full_like(label, self.num_classes), label)
+
+    def _tensor(self, batchdata: Mapping[str, Any], key: str) -> Tensor:
+        if key not in batchdata:
+            raise ValueError(f"{type(self).__name__}: the batch has no '{key}', it has {sorted(batchdata)}.")
+        value = torch.as_tensor(batchdata[key])
+        return value.as_tensor() if isinstance(value, MetaTensor) else value  # the subclass costs 50 % in a network
+
+
+class ValidationPrepareBatch(JointPrepareBatch):
+    """Turns a batch of a validation or test loader into the arguments of the joint forward.
+
+    The image is its own clean image. Noise and timestep of an image are functions of (seed, its name), the same in
+    every validation, whatever the order of the images, the batch size and the number of processes. A class-conditional
+    network is given the class where it is known.
+
+    Args:
+        scheduler: noise process.
+        seed: of the validation.
+        weighting: w(t), as in :class:`JointPrepareBatch`.
+        gamma: of min-SNR.
+        class_conditional: whether the network is given the class.
+        num_classes: as in :class:`JointPrepareBatch`.
+        task: as in :class:`JointPrepareBatch`.
+        name_key: key of the images' names in the batch.
+    """
+
+    def __init__(
+        self,
+        scheduler: GridScheduler,
+        seed: int,
+        weighting: str = "uniform",
+        gamma: float = 5.0,
+        class_conditional: bool = False,
+        num_classes: int | None = None,
+        task: str = "joint",
+        name_key: str = "name",
+    ) -> None:
+        super().__init__(
+            scheduler,
+            seed,
+            weighting,
+            gamma,
+            clean_key="image",
+            label_dropout=0.0,
+            class_conditional=class_conditional,
+            num_classes=num_classes,
+            task=task,
+        )
+        self.name_key = name_key
+
+    def seeds(self, batchdata: Mapping[str, Any]) -> list[int]:
+        """One seed per image, of its noise and timestep."""
+        names = batchdata.get(self.name_key)
+        if not isinstance(names, Sequence) or isinstance(names, str):
+            raise ValueError(f"{type(self).__name__}: the batch has no list of names at '{self.name_key}'.")
+        return [draw_seed(self.seed, 0, f"validation/{name}") for name in names]
+
+
+class _Draw(NamedTuple):
+    noise: Tensor  # (C, *spatial) float32
+    timestep: int  # in [0, T)
+    uniform: float  # in [0, 1)
+
+
+def _draw(seed: int, shape: torch.Size, num_train_timesteps: int) -> _Draw:
+    generator = torch.Generator().manual_seed(seed)
+    timestep = int(torch.randint(num_train_timesteps, (), generator=generator))
+    uniform = float(torch.rand((), generator=generator))
+    return _Draw(torch.randn(shape, generator=generator), timestep, uniform)

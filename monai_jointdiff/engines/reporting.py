@@ -1,0 +1,175 @@
+# Copyright (c) MONAI-JointDiff Contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from monai.data import MetaTensor
+
+from monai_jointdiff.engines.description import Decision, ModelDescription
+from monai_jointdiff.handlers.atomic import atomic_write_text
+from monai_jointdiff.handlers.predictions import Predictions
+from monai_jointdiff.metrics import ClassificationReport, choose_threshold, classification_report, fit_temperature
+from monai_jointdiff.visualize import confusion_matrix_figure, reliability_figure, roc_curve_figure, save_figure
+
+__all__ = ["ClassificationReporter", "choose_decision", "write_predictions_csv"]
+
+
+def choose_decision(predictions: Predictions, multi_label: bool, chosen_on: str) -> Decision:
+    """Fix temperature and threshold on validation predictions.
+
+    The temperature minimizes the negative log-likelihood (Guo et al., ICML 2017). The threshold of a binary problem
+    (and of each label of a multi-label one) maximizes balanced accuracy; of equally good thresholds the middle in
+    logit space is taken, which leaves the largest margin on either side.
+
+    Args:
+        predictions: logits and labels of the validation part; unlabelled images are left out.
+        multi_label: independent labels.
+        chosen_on: in words, which data these are.
+
+    Returns:
+        the decision rule; uncalibrated when fewer than two classes are labelled.
+    """
+    labelled = predictions.labelled(multi_label)
+    if len(np.unique(labelled.labels[labelled.labels >= 0])) < 2:
+        return Decision(chosen_on="nothing: the validation part has fewer than two labelled classes")
+    temperature = fit_temperature(labelled.logits, labelled.labels, multi_label=multi_label)
+    decision = Decision(temperature, None, f"{chosen_on} ({len(labelled.labels)} images)")
+    probabilities = decision.probabilities(labelled.logits, multi_label)
+    if multi_label:
+        columns = range(probabilities.shape[1])
+        thresholds = [_threshold_of_label(probabilities[:, k], labelled.labels[:, k]) for k in columns]
+    elif probabilities.shape[1] == 2:
+        thresholds = [choose_threshold(probabilities[:, 1], labelled.labels, criterion="balanced_accuracy")]
+    else:
+        return decision
+    return Decision(temperature, thresholds, decision.chosen_on)
+
+
+def _threshold_of_label(probabilities: np.ndarray, labels: np.ndarray) -> float:
+    """Threshold of one label, over the images where it is known; 0.5 where only one of its values occurs."""
+    known = labels >= 0
+    if len(np.unique(labels[known])) < 2:
+        return 0.5
+    return choose_threshold(probabilities[known], labels[known], criterion="balanced_accuracy")
+
+
+def write_predictions_csv(predictions: Predictions, description: ModelDescription, path: str | Path) -> None:
+    """One row an image: its relative name, the calibrated probability of each class, the decision.
+
+    Args:
+        predictions: names, logits and labels (the label column is written only where some label is known).
+        description: class names and decision rule.
+        path: CSV file, replaced at once.
+    """
+    decision, multi_label = description.decision, description.multi_label
+    probabilities = decision.probabilities(predictions.logits, multi_label)
+    classes = decision.classes(probabilities, multi_label)
+    names = description.class_names
+    with_labels = bool((predictions.labels >= 0).any())
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["image", *[f"probability_{name}" for name in names], "prediction", *["label"] * with_labels])
+    for row, name in enumerate(predictions.names):
+        cells = [name, *[f"{value:.6f}" for value in probabilities[row]], _in_words(classes[row], names)]
+        if with_labels:
+            cells.append(_in_words(predictions.labels[row], names))
+        writer.writerow(cells)
+    atomic_write_text(path, text.getvalue())
+
+
+def _in_words(value: Any, names: Sequence[str]) -> str:
+    """A class index (or a multi-hot row) as class names; empty where unknown."""
+    if np.ndim(value) == 0:
+        return names[int(value)] if value >= 0 else ""
+    return "|".join(name for name, hot in zip(names, value, strict=True) if hot == 1)
+
+
+class ClassificationReporter:
+    """Consumer of predictions that writes numbers, table and pictures of a classification.
+
+    Writes `metrics.json`, `predictions.csv`, `roc.png`, `reliability.png` and `confusion.png`.
+
+    Args:
+        description: class names and decision rule (or a callable that returns them when the predictions are there).
+        output_dir: folder for the files.
+        part: name of the part of the data, for titles.
+        bootstrap: number of bootstrap resamples for the 95 % intervals.
+        seed: seed of the bootstrap.
+    """
+
+    def __init__(
+        self,
+        description: ModelDescription | Callable[[], ModelDescription],
+        output_dir: str | Path,
+        part: str = "test",
+        bootstrap: int = 1000,
+        seed: int = 0,
+    ) -> None:
+        self.description = description
+        self.output_dir = Path(output_dir)
+        self.part = part
+        self.bootstrap = bootstrap
+        self.seed = seed
+        self.report: ClassificationReport | None = None
+
+    def __call__(self, predictions: Predictions) -> None:
+        """Evaluate and write.
+
+        Raises:
+            ValueError: when no image has a label.
+        """
+        description = self.description() if callable(self.description) else self.description
+        write_predictions_csv(predictions, description, self.output_dir / "predictions.csv")
+        labelled = predictions.labelled(description.multi_label)
+        if not len(labelled.labels):
+            raise ValueError(f"{type(self).__name__}: no image of the {self.part} part has a label to evaluate against.")
+        probabilities = description.decision.probabilities(labelled.logits, description.multi_label)
+        self.report = classification_report(
+            probabilities,
+            labelled.labels,
+            thresholds=description.decision.thresholds,
+            class_names=description.class_names,
+            multi_label=description.multi_label,
+            bootstrap=self.bootstrap,
+            seed=self.seed,
+        )
+        self._write_numbers(description)
+        self._draw(description, probabilities, labelled.labels)
+
+    def _write_numbers(self, description: ModelDescription) -> None:
+        report = self.report
+        assert report is not None
+        content = {"part": self.part, "decision": vars(description.decision), "metrics": report.as_dict()}
+        atomic_write_text(self.output_dir / "metrics.json", json.dumps(content, indent=4) + "\n")
+        print(f"\n{self.part} part\n{report.table()}", flush=True)
+
+    def _draw(self, description: ModelDescription, probabilities: np.ndarray, labels: np.ndarray) -> None:
+        names = description.class_names
+        save_figure(roc_curve_figure(probabilities, labels, names), self.output_dir / "roc.png")
+        save_figure(reliability_figure(probabilities, labels), self.output_dir / "reliability.png")
+        if not description.multi_label:
+            decided = description.decision.classes(probabilities)
+            save_figure(confusion_matrix_figure(decided, labels, names), self.output_dir / "confusion.png")
+
+
+def to_numpy(images: torch.Tensor) -> np.ndarray:
+    """Images as a plain float32 array."""
+    plain = images.as_tensor() if isinstance(images, MetaTensor) else images
+    return plain.detach().float().cpu().numpy()

@@ -1,0 +1,152 @@
+# Copyright (c) MONAI-JointDiff Contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""From a trained model to programs that use it: its weights, data prepared as it knows them, noise to generate from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence, Sized
+from pathlib import Path
+from typing import Any
+
+import torch
+from monai.transforms import Compose
+from torch import nn
+
+from monai_jointdiff.data import ChestPhantoms, ImagePreprocessing, ImageSource, PrepareItem, find_images, open_source
+from monai_jointdiff.engines.bundle import load_weights
+from monai_jointdiff.engines.description import ModelDescription
+from monai_jointdiff.engines.generation import noise_of_draws
+
+__all__ = ["announce_model", "images_to_classify", "load_trained", "noise_items", "preprocessing_of_model", "source_of_model"]
+
+
+def load_trained(network: nn.Module, ckpt_dir: str | Path) -> bool:
+    """Load `model.pt`; where there is none, say so and leave the network untrained.
+
+    Args:
+        network: built from the description beside the weights, changed in place.
+        ckpt_dir: folder of `model.pt` and `model.json`.
+
+    Returns:
+        whether there were weights.
+
+    Raises:
+        ValueError: when there are weights without a description, or they do not fit the network.
+    """
+    ckpt_dir = Path(ckpt_dir)
+    if not (ckpt_dir / "model.pt").is_file():
+        print(f"WARNING: {ckpt_dir} holds no model.pt: the network is UNTRAINED, its answers mean nothing.", flush=True)
+        return False
+    if not (ckpt_dir / "model.json").is_file():
+        raise ValueError(f"load_trained: {ckpt_dir} holds model.pt but no model.json, which says how to use it.")
+    try:
+        network.load_state_dict(load_weights(ckpt_dir / "model.pt"))
+    except RuntimeError as error:
+        raise ValueError(f"load_trained: model.pt and model.json in {ckpt_dir} do not belong together: {error}") from error
+    return True
+
+
+def source_of_model(description: ModelDescription, dataset_dir: str | int | None, **options: Any) -> ImageSource:
+    """Labelled data for a trained model: size, channels, classes and intensities are the model's.
+
+    Args:
+        description: of the model.
+        dataset_dir: as in training.
+        options: columns and seed of :func:`~monai_jointdiff.data.open_source`.
+
+    Returns:
+        the data set.
+
+    Raises:
+        ValueError: when the data do not fit the model.
+    """
+    data = description.data
+    fixed = {key: data[key] for key in ("spatial_dims", "image_size", "class_names", "in_channels", "intensity")}
+    source = open_source(dataset_dir, **fixed, **options)
+    if source.multi_label != description.multi_label:
+        kinds = {True: "several labels", False: "one class"}
+        raise ValueError(
+            f"source_of_model: the model gives an image {kinds[description.multi_label]}, "
+            f"{source.name} gives it {kinds[source.multi_label]}."
+        )
+    return source
+
+
+def images_to_classify(dataset_dir: str | int | None, description: ModelDescription, seed: int = 0) -> list[dict[str, Any]]:
+    """Items to classify, whose labels are not asked for.
+
+    Args:
+        dataset_dir: an image file; a folder, with all image files in it and its sub-folders; what :func:`open_source` takes
+            otherwise (its test part).
+        description: of the model.
+        seed: of the phantoms.
+
+    Returns:
+        items with `image`, `label` (missing, for files) and `name`, the path relative to the folder.
+
+    Raises:
+        ValueError: when there is nothing to classify.
+    """
+    path = None if dataset_dir is None else Path(str(dataset_dir))
+    if path is None or path.suffix == ".npz" or not path.exists():
+        return list(source_of_model(description, dataset_dir, seed=seed).part("test"))
+    folder, files = (path, find_images(path)) if path.is_dir() else (path.parent, [path])
+    if not files:
+        raise ValueError(f"images_to_classify: {path} holds no images (JPEG, PNG, DICOM, NIfTI, NRRD).")
+    missing: Any = [-1.0] * len(description.class_names) if description.multi_label else -1
+    return [{"image": file, "label": missing, "name": file.relative_to(folder).as_posix()} for file in files]
+
+
+def preprocessing_of_model(description: ModelDescription, seed: int = 0) -> Compose:
+    """The model's own way from an item to its input.
+
+    Args:
+        description: holds size, channels and intensity rule.
+        seed: of the phantoms, for items that are numbers of phantoms.
+    """
+    data = description.data
+    phantoms = ChestPhantoms(data["spatial_dims"], data["image_size"], seed)
+    return Compose([PrepareItem(ImagePreprocessing.from_description(data), phantoms)])
+
+
+def noise_items(count: int, image_shape: Sequence[int], seed: int) -> list[dict[str, Any]]:
+    """Items whose image is the starting noise of a sample.
+
+    Args:
+        count: number of samples, at least 1.
+        image_shape: (C, *spatial).
+        seed: of the noise.
+
+    Raises:
+        ValueError: for fewer than one sample.
+    """
+    if count < 1:
+        raise ValueError(f"noise_items: the number of samples must be at least 1, got {count}.")
+    return [{"image": noise_of_draws([n], image_shape, seed)[0], "name": f"sample_{n:05d}"} for n in range(count)]
+
+
+def announce_model(description: ModelDescription, items: Sized, ckpt_dir: str | Path, output_dir: str | Path) -> None:
+    """Say what will be classified, with which model, and where the results go.
+
+    Args:
+        description: of the model.
+        items: the images.
+        ckpt_dir: folder of the model.
+        output_dir: folder for the results.
+    """
+    state = "trained" if description.trained else "UNTRAINED"
+    size = " x ".join(map(str, description.image_size))
+    print(
+        f"images: {len(items)}\nmodel: {ckpt_dir} ({state}; {size}; classes {', '.join(description.class_names)})\n"
+        f"decision: {description.decision}\nresults: {output_dir}",
+        flush=True,
+    )

@@ -1,0 +1,100 @@
+# Copyright (c) MONAI-JointDiff Contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""When a run ends before its last epoch."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from ignite.engine import Engine, Events
+
+from .best_model import BestModel
+from .utils import all_processes_agree, iteration_in_epoch
+
+__all__ = ["EarlyStop", "TimeLimit"]
+
+
+class EarlyStop:
+    """Handler of a trainer: ends the run when the validation metric has not improved for some epochs.
+
+    Its only state is that of `best`, so a resumed run stops where the uninterrupted one does. It stands behind the
+    `ValidationHandler` in the list of handlers.
+
+    Args:
+        best: which remembers when the metric was best.
+        patience: number of epochs, >= 1.
+    """
+
+    def __init__(self, best: BestModel, patience: int) -> None:
+        if not patience >= 1:
+            raise ValueError(f"EarlyStop: patience must be >= 1, got {patience}.")
+        self.best = best
+        self.patience = patience
+
+    def attach(self, engine: Engine) -> None:
+        """Register with a trainer."""
+        engine.add_event_handler(Events.EPOCH_STARTED, self._epoch_started)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        """Stop after the present epoch if it was in vain."""
+        self._stop_after(engine, engine.state.epoch)
+
+    def _epoch_started(self, engine: Engine) -> None:
+        self._stop_after(engine, engine.state.epoch - 1)  # a resumed run may have been at its end already
+
+    def _stop_after(self, engine: Engine, epochs: int) -> None:
+        if self.best.epoch is not None and epochs - self.best.epoch >= self.patience:
+            engine.logger.info(
+                f"EarlyStop: {self.best.metric_name} was best in epoch {self.best.epoch}, {epochs} are done."
+            )
+            engine.terminate()
+
+
+class TimeLimit:
+    """Handler of a trainer: ends the run after some minutes, counted from its start or resumption.
+
+    It stops between two iterations, or between two epochs with the end of the epoch (validation, checkpoint) done.
+    :class:`ResumableCheckpoint` writes the state it stopped in. Of several processes the clock of rank 0 counts.
+
+    Args:
+        max_minutes: > 0.
+    """
+
+    def __init__(self, max_minutes: float) -> None:
+        if not max_minutes > 0:
+            raise ValueError(f"TimeLimit: max_minutes must be > 0, got {max_minutes}.")
+        self.max_minutes = max_minutes
+        self._started = 0.0
+
+    def attach(self, engine: Engine) -> None:
+        """Register with a trainer."""
+        engine.add_event_handler(Events.STARTED, self._start)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._iteration_completed)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        """Stop if the time is over."""
+        state: Any = engine.state
+        over = time.monotonic() - self._started > 60 * self.max_minutes
+        if all_processes_agree(over, state.device):
+            engine.logger.info(f"TimeLimit: {self.max_minutes} minutes are over, stop after step {state.iteration}.")
+            engine.terminate()
+
+    def _start(self, engine: Engine) -> None:
+        self._started = time.monotonic()
+
+    def _iteration_completed(self, engine: Engine) -> None:
+        # ignite would end before EPOCH_COMPLETED: the validation of this epoch would be lost for a resumed run
+        if iteration_in_epoch(engine) != engine.state.epoch_length:
+            self(engine)

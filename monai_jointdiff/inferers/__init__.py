@@ -1,0 +1,29 @@
+# Copyright (c) MONAI-JointDiff Contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What is asked of a joint diffusion network: a training forward, a class, a sample, guided or not."""
+
+from __future__ import annotations
+
+from .chain import Parametrization, ReverseChain
+from .guidance import ClassifierGuidance, Guidance, GuidanceStep, RepresentationGuidance
+from .joint import JointDiffusionInferer, SampleResult, StepInfo
+
+__all__ = [
+    "ClassifierGuidance",
+    "Guidance",
+    "GuidanceStep",
+    "JointDiffusionInferer",
+    "Parametrization",
+    "RepresentationGuidance",
+    "ReverseChain",
+    "SampleResult",
+    "StepInfo",
+]

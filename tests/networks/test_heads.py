@@ -1,0 +1,100 @@
+# Copyright (c) MONAI-JointDiff Contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+from __future__ import annotations
+
+import unittest
+
+import torch
+from parameterized import parameterized
+from torch import nn
+
+from monai_jointdiff.networks import HEADS, ClassifierHead
+
+
+def shapes_of(head: nn.Module) -> list[tuple[int, ...]]:
+    return [tuple(m.weight.shape) for m in head.modules() if isinstance(m, nn.Linear)]
+
+
+class TestClassifierHead(unittest.TestCase):
+    @parameterized.expand([((5, 7),), ((3, 4, 5),)])
+    def test_linear_head_is_an_affine_map_of_the_averages(self, size):
+        torch.manual_seed(0)
+        head = ClassifierHead((2, 3), 4, variant="linear")
+        maps = [torch.randn(6, 2, *size), torch.randn(6, 3, *(1,) * len(size))]
+        averages = torch.stack(
+            [m.flatten(2)[:, c].sum(-1) / m[0, 0].numel() for m in maps for c in range(m.shape[1])], 1
+        )
+        weight, bias = head.layers[1].weight, head.layers[1].bias
+        torch.testing.assert_close(head(maps), averages @ weight.T + bias)
+
+    @parameterized.expand([(name,) for name in HEADS])
+    def test_logits_do_not_depend_on_size_or_on_the_batch(self, variant):
+        torch.manual_seed(0)
+        head = ClassifierHead((8, 16), 3, variant).eval()
+        a, b = torch.randn(5, 8), torch.randn(5, 16)
+
+        def constant(z, *size):
+            return z.reshape(*z.shape, *(1,) * len(size)).expand(*z.shape, *size)
+
+        logits = head([constant(a, 8, 8), constant(b, 4, 4)])
+        self.assertEqual(logits.shape, (5, 3))
+        torch.testing.assert_close(logits, head([constant(a, 3, 5, 2), constant(b, 2, 1, 7)]))
+        torch.testing.assert_close(logits[2:3], head([constant(a[2:3], 8, 8), constant(b[2:3], 4, 4)]))
+
+    def test_published_widths(self):
+        # JointDiffusion at 32 px: 29 maps of 128 channels, half of it in the middle; Mediffusion: 5632 to 1024
+        joint = ClassifierHead([128] * 29, 10, "jointdiffusion")
+        self.assertEqual(shapes_of(joint), [(1856, 3712), (10, 1856)])
+        self.assertEqual([m.p for m in joint.modules() if isinstance(m, nn.Dropout)], [0.7, 0.7])
+        mediffusion = ClassifierHead([5632], 14)
+        self.assertEqual(shapes_of(mediffusion), [(1024, 5632), (14, 1024)])
+        self.assertEqual([m.p for m in mediffusion.modules() if isinstance(m, nn.Dropout)], [0.3, 0.3])
+
+    def test_options_replace_the_published_values(self):
+        head = ClassifierHead([8], 2, "jointdiffusion", hidden=5, dropout=0.0)
+        self.assertEqual(shapes_of(head), [(5, 8), (2, 5)])
+        x = torch.randn(3, 8, 4, 4)
+        torch.testing.assert_close(head.train()([x]), head.eval()([x]))
+
+    def test_no_batch_normalization(self):
+        for variant in HEADS:
+            kinds = [type(m).__name__ for m in ClassifierHead([8], 2, variant).modules()]
+            self.assertFalse([k for k in kinds if "BatchNorm" in k])
+
+    def test_logits_keep_single_precision_under_autocast(self):
+        torch.manual_seed(0)
+        head = ClassifierHead([8], 2).eval()
+        x = torch.randn(3, 8, 4, 4).bfloat16()
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = head([x])
+        self.assertEqual(logits.dtype, torch.float32)
+        torch.testing.assert_close(logits, head([x.float()]))
+
+    @parameterized.expand(
+        [
+            ({"variant": "resnet"}, "unknown head 'resnet'"),
+            ({"variant": "linear", "hidden": 4}, "no hidden layer"),
+            ({"hidden": 0}, "hidden must be a positive width"),
+            ({"dropout": 1.0}, r"dropout must be in \[0, 1\)"),
+        ]
+    )
+    def test_wrong_arguments(self, arguments, message):
+        with self.assertRaisesRegex(ValueError, message):
+            ClassifierHead([8], 2, **arguments)
+
+    def test_wrong_number_of_maps(self):
+        with self.assertRaisesRegex(ValueError, "got 1 feature maps, expected 2"):
+            ClassifierHead([8, 8], 2)([torch.zeros(1, 8, 2, 2)])
+
+
+if __name__ == "__main__":
+    unittest.main()
