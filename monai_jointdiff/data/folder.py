@@ -38,11 +38,11 @@ def find_images(folder: str | Path) -> list[Path]:
         folder: where to look.
 
     Returns:
-        paths that begin with `folder`; DICOM files are known by their content, all others by their name.
+        paths that begin with `folder`; images are known by their name, DICOM files also by their content.
     """
     files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
     visible = [path for path in files if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
-    return [path for path in visible if has_image_suffix(path) or (path.suffix.lower() in ("", ".dcm") and is_dicom(path))]
+    return [path for path in visible if has_image_suffix(path) or is_dicom(path)]
 
 
 def read_folder(
@@ -53,7 +53,7 @@ def read_folder(
     split_column: str = "split",
     patient_column: str = "patient",
 ) -> Found:
-    """List the images of a folder, with labels from `labels.csv` (or the only CSV), or else from the sub-folders' names.
+    """List the images of a folder, with labels from `labels.csv` (or the only CSV), else from the sub-folders' names.
 
     Without a CSV, sub-folders `train`, `val`, `test` are parts and the sub-folders in them (or, without parts, in the
     folder itself) are classes; images that lie directly in the folder have no label.
@@ -80,7 +80,9 @@ def read_folder(
         columns = label_column.split(",") if isinstance(label_column, str) else list(label_column)
         records = _by_csv(folder, table, image_column, [c.strip() for c in columns], split_column, patient_column)
     if not records:
-        raise ValueError(f"read_folder: '{folder}' holds no images (JPEG, PNG, DICOM, NIfTI, NRRD) and no rows in a CSV.")
+        raise ValueError(
+            f"read_folder: '{folder}' holds no images (JPEG, PNG, DICOM, NIfTI, NRRD) and no rows in a CSV."
+        )
     return Found(records, _DEFAULT_SIZE[spatial_dims], _channels(records, spatial_dims), IntensityRule())
 
 
@@ -97,9 +99,12 @@ def _find_csv(folder: Path) -> Path | None:
 def _by_csv(
     folder: Path, table: Path, image_column: str, label_columns: list[str], split_column: str, patient_column: str
 ) -> list[Record]:
-    with open(table, newline="", encoding="utf-8-sig") as stream:
-        reader = csv.DictReader(stream)
-        header, rows = list(reader.fieldnames or []), list(reader)
+    try:
+        with open(table, newline="", encoding="utf-8-sig") as stream:
+            reader = csv.DictReader(stream)
+            header, rows = list(reader.fieldnames or []), list(reader)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"read_folder: cannot read '{table}' as a CSV in UTF-8: {error}.") from error
     optional = {"split": split_column, "patient": patient_column}  # only under these names may a column be missing
     needed = [image_column, *label_columns, *(name for default, name in optional.items() if name != default)]
     missing = [name for name in needed if name not in header]
@@ -108,19 +113,33 @@ def _by_csv(
             f"read_folder: {table.name} has no column {', '.join(map(repr, missing))}; it has {', '.join(header)}. "
             "Say which to use: --image_column, --label_column, --split_column, --patient_column."
         )
+    empty = [str(line) for line, row in enumerate(rows, start=2) if not row[image_column]]
+    if empty:
+        raise ValueError(f"read_folder: no file in column {image_column!r} of {table.name}, lines {', '.join(empty)}.")
     absent = [row[image_column] for row in rows if not (folder / row[image_column]).exists()]
     if absent:
-        raise ValueError(f"read_folder: {len(absent)} files of {table.name} are not in '{folder}': {', '.join(absent)}.")
+        names = ", ".join(absent)
+        raise ValueError(f"read_folder: {len(absent)} files of {table.name} are not in '{folder}': {names}.")
     return [
         Record(
             image=folder / row[image_column],
             label=_label(row, label_columns),
-            name=Path(row[image_column]).as_posix(),
+            name=_name(row[image_column], folder),
             part=canonical_part(row[split_column]) if row.get(split_column) else None,
             patient=row.get(patient_column) or None,
         )
         for row in rows
     ]
+
+
+def _name(file: str, folder: Path) -> str:
+    """The file as seen from the folder: results name images, and never tell where the data lie."""
+    path = Path(file)
+    if not path.is_absolute():
+        return path.as_posix()
+    if not path.is_relative_to(folder.absolute()):
+        raise ValueError(f"read_folder: '{file}' is an absolute path outside of '{folder}'; name files relative to it.")
+    return path.relative_to(folder.absolute()).as_posix()
 
 
 def _label(row: Mapping[str, str], columns: Sequence[str]) -> Any:

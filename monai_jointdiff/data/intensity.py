@@ -79,7 +79,8 @@ class IntensityRule:
             raise ValueError(
                 f"IntensityRule: unknown entries {', '.join(unknown)}; it has {', '.join(cls.__dataclass_fields__)}."
             )
-        return cls(**{key: tuple(value) if isinstance(value, (list, tuple)) else value for key, value in content.items()})
+        arguments: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in content.items()}
+        return cls(**arguments)
 
     @classmethod
     def for_array(cls, images: np.ndarray) -> IntensityRule:

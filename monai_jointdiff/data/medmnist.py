@@ -151,8 +151,8 @@ def download_medmnist(name: str, image_size: Any = None, folder: str | Path | No
         download_url(_RECORD.format(file=file), path, hash_val=sums[size], hash_type="md5", progress=True)
     except Exception as error:  # urllib, ssl and checksum errors alike: the user needs the way out
         raise ValueError(
-            f"download_medmnist: cannot get {file} ({' '.join(str(error).split())}). Without a network, put the file there "
-            f"yourself and name it: --dataset_dir PATH/{file}."
+            f"download_medmnist: cannot get {file} ({' '.join(str(error).split())}). Without a network, put the file "
+            f"there yourself and name it: --dataset_dir PATH/{file}."
         ) from error
     return path
 

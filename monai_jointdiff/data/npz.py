@@ -51,7 +51,9 @@ def read_npz(path: str | Path, spatial_dims: int = 2) -> Found:
         raise ValueError(f"read_npz: cannot read '{path}': {error}") from error
     parts = [key[: -len("_images")] for key in arrays if key.endswith("_images")]
     if not parts:
-        raise ValueError(f"read_npz: '{path}' has no train_images, val_images or test_images; it has {', '.join(arrays)}.")
+        raise ValueError(
+            f"read_npz: '{path}' has no train_images, val_images or test_images; it has {', '.join(arrays)}."
+        )
     images = {part: _with_channels(arrays[f"{part}_images"], f"{part}_images", path, spatial_dims) for part in parts}
     shapes = {stack.shape[1:] for stack in images.values()}
     if len(shapes) > 1:
@@ -68,8 +70,8 @@ def _with_channels(stack: np.ndarray, key: str, path: Path, spatial_dims: int) -
     if stack.ndim not in (spatial_dims + 1, spatial_dims + 2) or len(stack) == 0:
         axes = "depth, rows, columns" if spatial_dims == 3 else "rows, columns"
         raise ValueError(
-            f"read_npz: {key} in '{path}' must be (N, {axes}) or (N, {axes}, channels) with spatial_dims {spatial_dims}, "
-            f"got shape {stack.shape}."
+            f"read_npz: {key} in '{path}' must be (N, {axes}) or (N, {axes}, channels) with spatial_dims "
+            f"{spatial_dims}, got shape {stack.shape}."
         )
     if np.issubdtype(stack.dtype, np.floating) and not np.isfinite(stack).all():
         bad = int(np.flatnonzero(~np.isfinite(stack.reshape(len(stack), -1)).all(axis=1))[0])
@@ -84,9 +86,15 @@ def _records(part: str, images: np.ndarray, arrays: dict[str, np.ndarray], path:
         stored = arrays[f"{part}_labels"]
         stored = stored[:, 0] if stored.ndim == 2 and stored.shape[1] == 1 else stored
         if len(stored) != count or stored.ndim not in (1, 2):
-            raise ValueError(f"read_npz: {part}_labels in '{path}' has shape {stored.shape}, but there are {count} images.")
+            raise ValueError(
+                f"read_npz: {part}_labels in '{path}' has shape {stored.shape}, but there are {count} images."
+            )
         labels = stored.tolist()
     patients = arrays.get(f"{part}_patients")
+    if patients is not None and patients.shape != (count,):
+        raise ValueError(
+            f"read_npz: {part}_patients in '{path}' has shape {patients.shape}, but there are {count} images."
+        )
     return [
         Record(
             image=images[n],

@@ -30,7 +30,6 @@ from monai_jointdiff.data.medmnist import download_medmnist
 from monai_jointdiff.data.npz import read_npz
 from monai_jointdiff.data.phantoms import CHEST_CLASSES, ChestPhantoms
 from monai_jointdiff.data.reading import ImagePreprocessing, image_size_tuple
-from monai_jointdiff.data.records import Record
 from monai_jointdiff.data.splits import complete_parts
 
 __all__ = ["ImageSource", "PrepareItem", "open_source"]
@@ -59,8 +58,8 @@ class PrepareItem(Transform):
             item: `image` (a file, an array, or the number of a phantom), `label`, `name`.
 
         Returns:
-            `image` (C, *spatial) float32, `label` (an integer, or K entries), `name`; for phantoms also `mask`, (1, *spatial)
-            bool, where the finding is.
+            `image` (C, *spatial) float32, `label` (an integer, or K entries), `name`; for phantoms also `mask`,
+            (1, *spatial) bool, where the finding is.
 
         Raises:
             ValueError: when the image cannot be used; the message names it.
@@ -155,9 +154,8 @@ class ImageSource:
     def summary(self) -> str:
         """Where the data come from, and how many images each part and class has."""
         size = " x ".join(map(str, self.image_size))
-        lines = [
-            f"data: {self.name}, {size}, {self.in_channels} channel{'s' * (self.in_channels > 1)}, {self.prepare.intensity}"
-        ]
+        channels = f"{self.in_channels} channel{'s' * (self.in_channels > 1)}"
+        lines = [f"data: {self.name}, {size}, {channels}, {self.prepare.intensity}"]
         for part in PARTS:
             counts = self._counts(part)
             words = ", ".join(f"{name} {count}" for name, count in counts.items() if count)
@@ -195,15 +193,19 @@ class ImageSource:
         Args:
             label_list: text file with one image name a line; None keeps all labels.
 
+        Returns:
+            a source with these labels.
+
         Raises:
             ValueError: when the file cannot be read, is empty, or names an image that is not in the training part.
         """
         if label_list is None:
             return self
         try:
-            listed = {line.strip() for line in Path(label_list).read_text(encoding="utf-8").splitlines() if line.strip()}
+            lines = Path(label_list).read_text(encoding="utf-8").splitlines()
         except OSError as error:
             raise ValueError(f"ImageSource: cannot read the label list {label_list}: {error}") from error
+        listed = {line.strip() for line in lines} - {""}
         unknown = sorted(listed - {item["name"] for item in self.items["train"]})
         if unknown or not listed:
             raise ValueError(
@@ -229,13 +231,14 @@ def open_source(
     label_list: str | Path | None = None,
     in_channels: int | None = None,
     intensity: IntensityRule | Mapping[str, Any] | None = None,
+    multi_label: bool | None = None,
     phantom_counts: Sequence[int] = PHANTOM_COUNTS,
 ) -> ImageSource:
     """Open a data set; what `dataset_dir` is decides the reader.
 
     Args:
-        dataset_dir: None: phantoms; an `.npz` in MedMNIST's layout; a folder of image files; `medmnist:NAME`. A number is
-            taken as the name of a folder.
+        dataset_dir: None: phantoms; an `.npz` in MedMNIST's layout; a folder of image files; `medmnist:NAME`. A number
+            is taken as the name of a folder.
         spatial_dims: 2 or 3.
         image_size: one number or one per axis. None: that of the `.npz`, 32 for phantoms, 64 (2D) or 32 (3D) for files.
         class_names: names in the order of the labels. None: from the data.
@@ -247,6 +250,7 @@ def open_source(
         label_list: text file naming the training images whose labels are used.
         in_channels: channels of the result. None: from the data.
         intensity: rule, or its arguments. None: from the data.
+        multi_label: an image may have several labels, even if none of these has. None: from the data.
         phantom_counts: phantoms in train, val and test.
 
     Returns:
@@ -268,12 +272,15 @@ def open_source(
     elif path.exists():
         raise ValueError(f"open_source: {path} is neither a folder nor an .npz file.")
     else:
-        raise ValueError(f"open_source: there is no {path}; --dataset_dir takes a folder, an .npz file or medmnist:NAME.")
+        raise ValueError(
+            f"open_source: there is no {path}; --dataset_dir takes a folder, an .npz file or medmnist:NAME."
+        )
     records = found.records
     encoded = encode_labels(
         [record.label for record in records],
         found.class_names if class_names is None else class_names,
         [record.name for record in records],
+        multi_label,
     )
     groups = [record.patient for record in records] if any(record.patient for record in records) else None
     keys = [tuple(label) if isinstance(label, list) else label for label in encoded.labels]
@@ -287,15 +294,22 @@ def open_source(
         found.in_channels if in_channels is None else in_channels,
         found.intensity if intensity is None else intensity,
     )
-    name = text if text.startswith(_MEDMNIST) else path.name
+    name = text if text.startswith(_MEDMNIST) else path.resolve().name
     return ImageSource(name, items, encoded.class_names, encoded.multi_label, prepare).with_label_list(label_list)
 
 
 def _phantoms(
-    spatial_dims: int, image_size: int | Sequence[int], class_names: Sequence[str] | None, seed: int, counts: Sequence[int]
+    spatial_dims: int,
+    image_size: int | Sequence[int],
+    class_names: Sequence[str] | None,
+    seed: int,
+    counts: Sequence[int],
 ) -> ImageSource:
     if class_names is not None and tuple(class_names) != CHEST_CLASSES:
-        raise ValueError(f"open_source: phantoms have the classes {', '.join(CHEST_CLASSES)}, got {', '.join(class_names)}.")
+        raise ValueError(
+            f"open_source: phantoms have the classes {', '.join(CHEST_CLASSES)}, got {', '.join(class_names)}; "
+            "say where other images are: --dataset_dir."
+        )
     phantoms = ChestPhantoms(spatial_dims, image_size_tuple(image_size, spatial_dims), seed)
     ends = np.cumsum(counts)
     items: dict[str, list[dict[Hashable, Any]]] = {}

@@ -34,7 +34,7 @@ from .generation import (
     noise_of_draws,
     write_generation,
 )
-from .precision import resolve_autocast
+from .precision import refuse_bf16_at_depth_two, resolve_autocast, set_tf32
 from .prepare_batch import JointPrepareBatch, ValidationPrepareBatch
 from .reporting import ClassificationReporter, choose_decision, write_predictions_csv
 from .serving import (
@@ -76,7 +76,9 @@ __all__ = [
     "noise_of_draws",
     "predict",
     "preprocessing_of_model",
+    "refuse_bf16_at_depth_two",
     "resolve_autocast",
+    "set_tf32",
     "source_of_model",
     "write_generation",
     "write_predictions_csv",

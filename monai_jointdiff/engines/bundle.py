@@ -9,6 +9,8 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
+"""What the configurations of the bundles call: where they are, their options, weights to start from."""
+
 from __future__ import annotations
 
 import json
@@ -35,6 +37,7 @@ __all__ = [
     "load_pretrained",
     "load_weights",
 ]
+
 
 def find_bundle_root(name: str) -> str:
     """The folder of a bundle, seen from the repository's root or from the bundle itself.
@@ -68,6 +71,9 @@ def epoch_length(num_images: int, batch_size: int, world_size: int = 1) -> int:
         batch_size: images per process and iteration.
         world_size: number of processes.
 
+    Returns:
+        the number of iterations.
+
     Raises:
         ValueError: for a training part without images or a batch size below 1.
     """
@@ -89,8 +95,13 @@ def draw_order(items: Sequence[Mapping[str, Any]], seed: int, balance: str = "no
 
     Returns:
         a pure function of the number of the draw.
+
+    Raises:
+        ValueError: for `sampler` when an image may have several labels.
     """
     if balance == "sampler":
+        if any(isinstance(item["label"], Sequence) for item in items):
+            raise ValueError("draw_order: --balance sampler needs one class per image; use --balance weights.")
         return BalancedOrder([item["label"] for item in items], seed)
     return ShuffledOrder(len(items), seed)
 
@@ -104,17 +115,25 @@ def class_weights(items: Sequence[Mapping[str, Any]], num_classes: int, balance:
         balance: `weights` asks for them; anything else gives None.
 
     Returns:
-        K weights with mean 1 over the labelled images, or None.
+        None, or K weights with mean 1 over the labelled images; where an image may have several labels, of each the
+        weight of its presence, against 1 for its absence.
 
     Raises:
-        ValueError: when a class has no labelled training image.
+        ValueError: when a class has no labelled training image, or a label is present, or absent, in none.
     """
     if balance != "weights":
         return None
-    counts = np.bincount([int(item["label"]) for item in items if item["label"] >= 0], minlength=num_classes)
-    if (counts == 0).any():
-        raise ValueError(f"class_weights: no labelled training image of class {int(counts.argmin())} of {num_classes}.")
-    return [float(weight) for weight in counts.sum() / (num_classes * counts)]
+    labels = np.asarray([item["label"] for item in items])
+    if labels.ndim == 2:
+        counts, rest = (labels == 1).sum(axis=0), (labels == 0).sum(axis=0)
+    else:
+        counts = np.bincount(labels[labels >= 0], minlength=num_classes)
+        rest = np.full(num_classes, counts.sum() / num_classes)
+    if (counts == 0).any() or (rest == 0).any():
+        k = int(np.minimum(counts, rest).argmin())
+        kind = "without" if counts[k] else "of"
+        raise ValueError(f"class_weights: no labelled training image {kind} class {k} of {num_classes}.")
+    return [float(weight) for weight in rest / counts]
 
 
 def announce(source: ImageSource, ckpt_dir: str | Path, output_dir: str | Path, preflight: bool = True) -> None:
@@ -164,6 +183,9 @@ def load_weights(path: str | Path) -> dict[str, torch.Tensor]:
 
     Args:
         path: `model.pt` (a state dict), or a resumable checkpoint, of which the EMA weights are taken.
+
+    Returns:
+        names to tensors, on the CPU.
 
     Raises:
         ValueError: when the file is missing, unreadable or holds something else.

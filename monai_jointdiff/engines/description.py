@@ -9,6 +9,8 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
+"""`model.json`: what a program needs to use a trained network."""
+
 from __future__ import annotations
 
 import json
@@ -126,6 +128,9 @@ class ModelDescription:
         Args:
             name: a name of :func:`~monai_jointdiff.schedulers.make_scheduler`.
             kwargs: further arguments of that scheduler.
+
+        Returns:
+            the scheduler.
         """
         return make_scheduler(name, **{**self.scheduler, **kwargs})
 
@@ -141,6 +146,12 @@ class ModelDescription:
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> ModelDescription:
         """Read the content of a `model.json`.
+
+        Args:
+            content: as :meth:`save` writes it.
+
+        Returns:
+            the description.
 
         Raises:
             ValueError: when the format is another one or a part is missing.
@@ -168,6 +179,9 @@ class ModelDescription:
         Args:
             path: the `model.json` beside `model.pt`.
             untrained: description to use when `path` does not exist. None: a missing file is an error.
+
+        Returns:
+            the description.
 
         Raises:
             ValueError: when neither file can be read.

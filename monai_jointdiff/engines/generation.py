@@ -9,9 +9,12 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
+"""Images from numbered noise, and how far they are from real ones."""
+
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,7 +32,14 @@ from monai_jointdiff.inferers import JointDiffusionInferer
 from monai_jointdiff.metrics import GaussianReference, frechet_distance, kernel_distance
 from monai_jointdiff.visualize import format_table, image_grid, save_png
 
-__all__ = ["GenerationRow", "SamplingInferer", "compare_generation", "draw_samples", "noise_of_draws", "write_generation"]
+__all__ = [
+    "GenerationRow",
+    "SamplingInferer",
+    "compare_generation",
+    "draw_samples",
+    "noise_of_draws",
+    "write_generation",
+]
 
 tqdm, _ = optional_import("tqdm", name="tqdm")
 
@@ -58,7 +68,7 @@ class SamplingInferer(Inferer):
         inferer: samples from the network.
         scheduler: sampler over the noise process the network was trained on.
         num_inference_steps: network calls per image.
-        seed: seed of the noise that an ancestral sampler adds.
+        seed: of the noise that an ancestral sampler adds, which is a function of it and of the batch's starting noise.
         class_labels: class to generate, for a class-conditional network; None leaves the class open.
         guidance_scale: classifier-free guidance scale (1: none).
         progress: show a progress bar over the steps.
@@ -96,8 +106,11 @@ class SamplingInferer(Inferer):
             (N, C, *spatial) in about [-1, 1].
         """
         self.scheduler.set_timesteps(self.num_inference_steps)
-        labels = None if self.class_labels is None else torch.full((len(inputs),), self.class_labels, device=inputs.device)
-        generator = torch.Generator(device=inputs.device).manual_seed(self.seed)
+        labels = None
+        if self.class_labels is not None:
+            labels = torch.full((len(inputs),), self.class_labels, device=inputs.device)
+        batch = zlib.crc32(inputs[0].detach().float().cpu().numpy().tobytes())
+        generator = torch.Generator(device=inputs.device).manual_seed(draw_seed(self.seed, batch, "ancestral"))
         result = self.inferer.sample(
             inputs,
             network,
@@ -140,7 +153,8 @@ def draw_samples(
         with tqdm(total=count, desc="generating", disable=not progress, leave=False) as bar:
             for start in range(0, count, batch_size):
                 draws = range(start, min(start + batch_size, count))
-                yield sampling(noise_of_draws(draws, shape, seed).to(device), network).float().clamp(-1, 1).cpu().numpy()
+                images = sampling(noise_of_draws(draws, shape, seed).to(device), network)
+                yield images.float().clamp(-1, 1).cpu().numpy()
                 bar.update(len(draws))
 
     return np.concatenate(list(batches()))

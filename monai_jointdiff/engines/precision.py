@@ -14,11 +14,12 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-__all__ = ["has_fast_bf16", "resolve_autocast"]
+__all__ = ["has_fast_bf16", "refuse_bf16_at_depth_two", "resolve_autocast", "set_tf32"]
 
 
 def resolve_autocast(name: str, device: str | torch.device) -> torch.dtype | None:
@@ -47,6 +48,44 @@ def resolve_autocast(name: str, device: str | torch.device) -> torch.dtype | Non
     if not _has_bf16(device):
         raise ValueError(f"resolve_autocast: {device} does not support bf16; use 'fp32'.")
     return torch.bfloat16
+
+
+def refuse_bf16_at_depth_two(
+    autocast_dtype: torch.dtype | None, device: str | torch.device, image_size: Sequence[int], num_levels: int
+) -> None:
+    """Refuse a training whose gradients would be wrong without a word.
+
+    On CPUs, PyTorch 2.13's bf16 3D convolution (kernel 3, padding 1, stride 1) returns garbage as the gradient of its
+    weights where the first spatial axis has 2 entries.
+
+    Args:
+        autocast_dtype: type of :func:`resolve_autocast`.
+        device: where the network runs.
+        image_size: size of an image.
+        num_levels: levels of the network; each but the first halves the size.
+
+    Raises:
+        ValueError: when some level has depth 2 in bf16 on a CPU.
+    """
+    if autocast_dtype is not torch.bfloat16 or torch.device(device).type != "cpu" or len(image_size) != 3:
+        return
+    depths = [-(-image_size[0] // 2**level) for level in range(num_levels)]  # convolutions round up
+    if 2 in depths:
+        raise ValueError(
+            f"refuse_bf16_at_depth_two: with depth {image_size[0]} the network works at depths {depths}; at 2 the CPU's "
+            "gradients in bf16 are wrong. Use --precision fp32, or another --image_size."
+        )
+
+
+def set_tf32(enabled: bool) -> None:
+    """Let CUDA compute fp32 matrix products and convolutions in TF32, or forbid it; elsewhere nothing changes.
+
+    Args:
+        enabled: True is faster and has 10 bits of mantissa; PyTorch's own default is True for convolutions only.
+    """
+    precision = "tf32" if enabled else "ieee"
+    torch.backends.cuda.matmul.fp32_precision = precision
+    torch.backends.cudnn.conv.fp32_precision = precision  # type: ignore[attr-defined]
 
 
 def has_fast_bf16(device: str | torch.device) -> bool:

@@ -9,6 +9,8 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
+"""Predictions become a decision rule, a table, files and pictures."""
+
 from __future__ import annotations
 
 import csv
@@ -19,8 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from monai.data import MetaTensor
 
 from monai_jointdiff.engines.description import Decision, ModelDescription
 from monai_jointdiff.handlers.atomic import atomic_write_text
@@ -132,6 +132,9 @@ class ClassificationReporter:
     def __call__(self, predictions: Predictions) -> None:
         """Evaluate and write.
 
+        Args:
+            predictions: of the part; unlabelled images are in `predictions.csv` only.
+
         Raises:
             ValueError: when no image has a label.
         """
@@ -139,7 +142,9 @@ class ClassificationReporter:
         write_predictions_csv(predictions, description, self.output_dir / "predictions.csv")
         labelled = predictions.labelled(description.multi_label)
         if not len(labelled.labels):
-            raise ValueError(f"{type(self).__name__}: no image of the {self.part} part has a label to evaluate against.")
+            raise ValueError(
+                f"{type(self).__name__}: no image of the {self.part} part has a label to evaluate against."
+            )
         probabilities = description.decision.probabilities(labelled.logits, description.multi_label)
         self.report = classification_report(
             probabilities,
@@ -167,9 +172,3 @@ class ClassificationReporter:
         if not description.multi_label:
             decided = description.decision.classes(probabilities)
             save_figure(confusion_matrix_figure(decided, labels, names), self.output_dir / "confusion.png")
-
-
-def to_numpy(images: torch.Tensor) -> np.ndarray:
-    """Images as a plain float32 array."""
-    plain = images.as_tensor() if isinstance(images, MetaTensor) else images
-    return plain.detach().float().cpu().numpy()

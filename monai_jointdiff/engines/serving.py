@@ -13,11 +13,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Sized
+from collections.abc import Hashable, Sequence, Sized
 from pathlib import Path
 from typing import Any
 
-import torch
 from monai.transforms import Compose
 from torch import nn
 
@@ -26,7 +25,16 @@ from monai_jointdiff.engines.bundle import load_weights
 from monai_jointdiff.engines.description import ModelDescription
 from monai_jointdiff.engines.generation import noise_of_draws
 
-__all__ = ["announce_model", "images_to_classify", "load_trained", "noise_items", "preprocessing_of_model", "source_of_model"]
+__all__ = [
+    "announce_model",
+    "images_to_classify",
+    "load_trained",
+    "noise_items",
+    "preprocessing_of_model",
+    "source_of_model",
+]
+
+_OF_THE_MODEL = ("spatial_dims", "image_size", "class_names", "in_channels", "intensity", "multi_label")
 
 
 def load_trained(network: nn.Module, ckpt_dir: str | Path) -> bool:
@@ -51,7 +59,9 @@ def load_trained(network: nn.Module, ckpt_dir: str | Path) -> bool:
     try:
         network.load_state_dict(load_weights(ckpt_dir / "model.pt"))
     except RuntimeError as error:
-        raise ValueError(f"load_trained: model.pt and model.json in {ckpt_dir} do not belong together: {error}") from error
+        raise ValueError(
+            f"load_trained: model.pt and model.json in {ckpt_dir} do not belong together: {error}"
+        ) from error
     return True
 
 
@@ -70,7 +80,7 @@ def source_of_model(description: ModelDescription, dataset_dir: str | int | None
         ValueError: when the data do not fit the model.
     """
     data = description.data
-    fixed = {key: data[key] for key in ("spatial_dims", "image_size", "class_names", "in_channels", "intensity")}
+    fixed = {key: data[key] for key in _OF_THE_MODEL}
     source = open_source(dataset_dir, **fixed, **options)
     if source.multi_label != description.multi_label:
         kinds = {True: "several labels", False: "one class"}
@@ -81,12 +91,14 @@ def source_of_model(description: ModelDescription, dataset_dir: str | int | None
     return source
 
 
-def images_to_classify(dataset_dir: str | int | None, description: ModelDescription, seed: int = 0) -> list[dict[str, Any]]:
+def images_to_classify(
+    dataset_dir: str | int | None, description: ModelDescription, seed: int = 0
+) -> list[dict[Hashable, Any]]:
     """Items to classify, whose labels are not asked for.
 
     Args:
-        dataset_dir: an image file; a folder, with all image files in it and its sub-folders; what :func:`open_source` takes
-            otherwise (its test part).
+        dataset_dir: an image file; a folder, with all image files in it and its sub-folders; what :func:`open_source`
+            takes otherwise (its test part).
         description: of the model.
         seed: of the phantoms.
 
@@ -112,6 +124,9 @@ def preprocessing_of_model(description: ModelDescription, seed: int = 0) -> Comp
     Args:
         description: holds size, channels and intensity rule.
         seed: of the phantoms, for items that are numbers of phantoms.
+
+    Returns:
+        a transform of items.
     """
     data = description.data
     phantoms = ChestPhantoms(data["spatial_dims"], data["image_size"], seed)
@@ -125,6 +140,9 @@ def noise_items(count: int, image_shape: Sequence[int], seed: int) -> list[dict[
         count: number of samples, at least 1.
         image_shape: (C, *spatial).
         seed: of the noise.
+
+    Returns:
+        dictionaries with `image` (C, *spatial) and `name`.
 
     Raises:
         ValueError: for fewer than one sample.

@@ -9,6 +9,8 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
+"""What happens when a training is over."""
+
 from __future__ import annotations
 
 import json
@@ -29,6 +31,7 @@ from monai_jointdiff.engines.description import ModelDescription
 from monai_jointdiff.engines.generation import SamplingInferer, compare_generation, draw_samples, write_generation
 from monai_jointdiff.engines.reporting import ClassificationReporter, choose_decision
 from monai_jointdiff.handlers.atomic import atomic_write_text
+from monai_jointdiff.handlers.best_model import BestModel
 from monai_jointdiff.handlers.predictions import PredictionCollector, Predictions
 from monai_jointdiff.metrics import RandomConvFeatures, pca_logistic_floor
 from monai_jointdiff.visualize import format_table
@@ -36,7 +39,9 @@ from monai_jointdiff.visualize import format_table
 __all__ = ["TrainingReport", "predict"]
 
 
-def predict(network: nn.Module, inferer: Inferer, dataset: Dataset, device: torch.device, batch_size: int = 128) -> Predictions:
+def predict(
+    network: nn.Module, inferer: Inferer, dataset: Dataset, device: torch.device, batch_size: int = 128
+) -> Predictions:
     """Classify a data set with a stock evaluator.
 
     Args:
@@ -52,7 +57,12 @@ def predict(network: nn.Module, inferer: Inferer, dataset: Dataset, device: torc
     collector = PredictionCollector()
     loader = DataLoader(dataset, batch_size=batch_size, num_workers=0)
     SupervisedEvaluator(
-        device=device, val_data_loader=loader, network=network, inferer=inferer, val_handlers=[collector], decollate=False
+        device=device,
+        val_data_loader=loader,
+        network=network,
+        inferer=inferer,
+        val_handlers=[collector],
+        decollate=False,
     ).run()
     assert collector.predictions is not None
     return collector.predictions
@@ -63,7 +73,8 @@ class TrainingReport:
 
     The best weights (by validation) are loaded into the EMA network; temperature and threshold are fixed on the
     validation part and written to `model.json`; the test part is evaluated once; samples are compared with test
-    images. Runs on the first process only.
+    images. Runs on the first process only. A run that ended before its first validation (by its time limit) is
+    validated here, so that it leaves a model, too.
 
     Args:
         source: the data.
@@ -79,6 +90,8 @@ class TrainingReport:
         batch_size: images per batch.
         seed: seed of noise, bootstrap and Gaussian draws.
         floor: also fit the PCA + logistic regression floor (needs scikit-learn).
+        best: the handler that wrote `model.pt`; None takes the file as it is.
+        evaluator: the validation with `best` among its handlers.
     """
 
     def __init__(
@@ -96,6 +109,8 @@ class TrainingReport:
         batch_size: int = 128,
         seed: int = 0,
         floor: bool = True,
+        best: BestModel | None = None,
+        evaluator: SupervisedEvaluator | None = None,
     ) -> None:
         self.source = source
         self.network = network
@@ -110,15 +125,26 @@ class TrainingReport:
         self.batch_size = batch_size
         self.seed = seed
         self.floor = floor
+        self.best = best
+        self.evaluator = evaluator
 
     def run(self) -> dict[str, Any] | None:
         """Write model.json, all numbers and pictures.
 
         Returns:
             the final table as a dictionary (also `summary.json`), None on all but the first process.
+
+        Raises:
+            ValueError: when there is no `model.pt`, because no validation gave a number.
         """
+        if self.best is not None and self.best.value is None and self.evaluator is not None:
+            self.evaluator.run()  # in all processes: its metrics are gathered
         if dist.is_available() and dist.is_initialized() and dist.get_rank() != 0:
             return None
+        if not (self.ckpt_dir / "model.pt").is_file() or (self.best is not None and self.best.value is None):
+            raise ValueError(
+                f"{type(self).__name__}: this run left no model.pt in {self.ckpt_dir}: no validation gave a number."
+            )
         self.output_dir.mkdir(parents=True, exist_ok=True)
         self.network.load_state_dict(load_weights(self.ckpt_dir / "model.pt"))
         summary: dict[str, Any] = {"data": self.source.name}
@@ -150,14 +176,19 @@ class TrainingReport:
         reporter(test)
         assert reporter.report is not None
         rows = reporter.report.as_dict()
-        figures = {f"test {name}": rows[name]["value"] for name in ("auc", "accuracy", "balanced_accuracy", "f1", "ece")}
+        names = ("auc", "accuracy", "balanced_accuracy", "f1", "ece")
+        figures = {f"test {name}": rows[name]["value"] for name in names}
         return {**figures, **self._floor()}
 
     def _floor(self) -> dict[str, Any]:
         if not self.floor or self.source.multi_label:
             return {}
         (train, train_labels), (test, test_labels) = self._labelled("train"), self._labelled("test")
-        result = pca_logistic_floor(train, train_labels, test, test_labels)
+        try:
+            result = pca_logistic_floor(train, train_labels, test, test_labels)
+        except (ValueError, ImportError) as error:  # too few classes, no scikit-learn: no reason to lose the rest
+            print(f"no floor of PCA + logistic regression: {error}", flush=True)
+            return {}
         return {"test auc of PCA + logistic regression (floor)": result.auc}
 
     def _images(self, part: str, limit: int | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -165,7 +196,8 @@ class TrainingReport:
         dataset = self.dataset(part)
         chosen = np.random.RandomState(self.seed).permutation(len(dataset))[:limit]
         items = [dataset[int(index)] for index in chosen]
-        return np.stack([np.asarray(item["image"]) for item in items]), np.stack([np.asarray(i["label"]) for i in items])
+        images, labels = ([np.asarray(item[key]) for item in items] for key in ("image", "label"))
+        return np.stack(images), np.stack(labels)
 
     def _labelled(self, part: str) -> tuple[np.ndarray, np.ndarray]:
         images, labels = self._images(part)
@@ -174,7 +206,10 @@ class TrainingReport:
     def _generation(self) -> dict[str, Any]:
         train, _ = self._images("train")
         test, _ = self._images("test", self.num_samples)
-        count = min(self.num_samples, len(test))
+        count = min(self.num_samples, len(test), len(train))
+        if count < 2:
+            print(f"no distances of generated images: {count} images to compare, at least 2 are needed", flush=True)
+            return {}
         shape = self.description.image_shape
         samples = draw_samples(self.network, self.sampling, shape, count, self.batch_size, self.seed, self.device)
         features = RandomConvFeatures(self.source.spatial_dims, self.source.in_channels)

@@ -9,6 +9,8 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
+"""Write generated images to files."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -28,8 +30,9 @@ nibabel, _ = optional_import("nibabel")
 class ImageWriter:
     """Handler of an evaluator that generates: writes every image, and one picture of all of them.
 
-    2D images become PNG files, 3D images NIfTI files (axes columns, rows, depth; unit spacing), named as the batch
-    names them; `grid.png` shows all, of 3D images the central slice.
+    2D images become PNG files, 3D images NIfTI files (axes columns, rows, depth, with unit spacing toward the patient's
+    left, back and head, as this package reads volumes), named as the batch names them; `grid.png` shows all, of 3D
+    images the central slice.
 
     Args:
         output_dir: folder for the files.
@@ -49,9 +52,10 @@ class ImageWriter:
         self._images = []
 
     def _write(self, engine: Engine) -> None:
-        images: Any = engine.state.output["pred"]
-        arrays = np.asarray(images.detach().float().clamp(-1, 1).cpu())  # (N, C, *spatial)
-        for image, name in zip(arrays, engine.state.batch["name"], strict=True):
+        output: Any = engine.state.output
+        arrays = np.asarray(output["pred"].detach().float().clamp(-1, 1).cpu())  # (N, C, *spatial)
+        batch: Any = engine.state.batch
+        for image, name in zip(arrays, batch["name"], strict=True):
             self._write_one(image, name)
         self._images.append(arrays)
 
@@ -59,10 +63,11 @@ class ImageWriter:
         path = self.output_dir / name
         path.parent.mkdir(parents=True, exist_ok=True)
         if image.ndim == 3:
-            save_png(to_tile(image), path.with_suffix(".png"))
+            save_png(to_tile(image), path.with_name(path.name + ".png"))
             return
-        volume = np.moveaxis(image, 0, -1).transpose(2, 1, 0, 3).squeeze(-1) if image.shape[0] == 1 else image.T
-        nibabel.save(nibabel.Nifti1Image(volume, np.eye(4)), path.with_suffix(".nii.gz"))
+        volume = image[0].T if len(image) == 1 else image.T  # (columns, rows, depth[, C])
+        affine = np.diag([-1.0, -1.0, 1.0, 1.0])  # NIfTI's axes run to the right, the front and the head
+        nibabel.save(nibabel.Nifti1Image(volume, affine), path.with_name(path.name + ".nii.gz"))
 
     def _finish(self, engine: Engine) -> None:
         images = np.concatenate(self._images)

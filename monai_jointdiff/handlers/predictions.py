@@ -9,6 +9,8 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
+"""Collect what a classifier says of a whole data set."""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -38,8 +40,10 @@ class Predictions:
 
     def labelled(self, multi_label: bool = False) -> Predictions:
         """Only the images with a label (multi-label: with at least one known entry)."""
-        known = (self.labels >= 0).any(axis=1) if multi_label else self.labels >= 0
-        return Predictions([n for n, k in zip(self.names, known, strict=True) if k], self.logits[known], self.labels[known])
+        known: Any = self.labels >= 0
+        known = known.any(axis=1) if multi_label else known
+        names = [name for name, is_known in zip(self.names, known, strict=True) if is_known]
+        return Predictions(names, self.logits[known], self.labels[known])
 
 
 class PredictionCollector:
@@ -68,7 +72,8 @@ class PredictionCollector:
         self._names, self._logits, self._labels = [], [], []
 
     def _collect(self, engine: Engine) -> None:
-        output, batch = engine.state.output, engine.state.batch
+        output: Any = engine.state.output
+        batch: Any = engine.state.batch
         pred = output["pred"]
         logits = getattr(pred, "logits", pred).detach().double().cpu()
         self._logits.append(torch.as_tensor(logits))

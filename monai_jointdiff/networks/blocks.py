@@ -23,11 +23,21 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from monai.networks.blocks import CrossAttentionBlock, SABlock, SpatialAttentionBlock
-from monai.networks.nets.diffusion_model_unet import DiffusionUNetResnetBlock
+from monai.networks.nets.diffusion_model_unet import DiffusionUNetResnetBlock, WrappedUpsample
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-__all__ = ["ATTENTION_MODES", "Attention", "DownStage", "MiddleStage", "ResidualBlock", "UpStage", "use_einsum"]
+__all__ = [
+    "ATTENTION_MODES",
+    "Attention",
+    "DownStage",
+    "MiddleStage",
+    "ResidualBlock",
+    "SpatialAttention",
+    "UpStage",
+    "UpsampleConvolution",
+    "use_einsum",
+]
 
 ATTENTION_MODES = ("auto", "sdpa", "einsum")
 
@@ -173,6 +183,72 @@ class ResidualBlock(nn.Module):
         return y
 
 
+class SpatialAttention(nn.Module):
+    """Self-attention over the pixels of a map, with the layers of MONAI's ``SpatialAttentionBlock``.
+
+    The sum has the memory format of ``x``. MONAI's has channels-last strides, in which PyTorch's group normalization on
+    a CPU is up to 50 times slower in bfloat16 (measured on torch 2.13).
+
+    Args:
+        source: the block whose layers are taken over; its attention is an :py:class:`Attention` already.
+    """
+
+    def __init__(self, source: SpatialAttentionBlock) -> None:
+        super().__init__()
+        self.norm, self.attn = source.norm, source.attn
+
+    def forward(self, x: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
+        """Adds what the pixels attend to.
+
+        Args:
+            x: feature maps (N, C, *spatial).
+            context: ignored, for a pixel attends to pixels only.
+
+        Returns:
+            Feature maps (N, C, *spatial).
+        """
+        tokens = self.norm(x).flatten(2).transpose(1, 2).contiguous()  # (N, L, C)
+        out: torch.Tensor = x + self.attn(tokens).transpose(1, 2).reshape(x.shape)
+        return out
+
+
+class UpsampleConvolution(nn.Module):
+    """Nearest upsampling by two and a convolution of width three, with the layers of MONAI's ``Upsample``.
+
+    Both together are one transposed convolution of width four and stride two, whose weights are sums of the
+    convolution's: along an axis pixels 2i and 2i+1 of the upsampled map are both x[i], so that
+    y[o] = sum_k w[k] up(x)[o+k-1] = sum_i (w[2i-o+1] + w[2i-o+2]) x[i], with w = 0 outside its three taps.
+    That takes 4/9 of the products in 2D and 8/27 in 3D.
+
+    Args:
+        source: the block whose convolution is taken over.
+    """
+
+    postconv: Any
+
+    def __init__(self, source: WrappedUpsample) -> None:
+        super().__init__()
+        self.postconv = source.postconv
+
+    def forward(self, x: torch.Tensor, emb: torch.Tensor | None = None) -> torch.Tensor:
+        """Doubles the size.
+
+        Args:
+            x: feature maps (N, C, *spatial).
+            emb: ignored, the embedding that MONAI's blocks hand to every upsampling.
+
+        Returns:
+            Feature maps (N, C_out, *twice the spatial size).
+        """
+        convolution = self.postconv.conv
+        weight: torch.Tensor = convolution.weight.transpose(0, 1).flip(tuple(range(2, x.ndim)))  # (C, C_out, *3)
+        for axis in range(2, x.ndim):
+            padded = F.pad(weight, [0, 0] * (x.ndim - 1 - axis) + [1, 1])
+            weight = padded.narrow(axis, 0, 4) + padded.narrow(axis, 1, 4)
+        transpose = F.conv_transpose2d if x.ndim == 4 else F.conv_transpose3d
+        return transpose(x, weight, convolution.bias, stride=2, padding=1)
+
+
 class _Stage(nn.Module):
     """A level of the UNet: it runs its residual and attention blocks, each checkpointed when asked to.
 
@@ -196,12 +272,7 @@ class _Stage(nn.Module):
         return block(*args)
 
     def _attend(self, block: nn.Module | None, h: torch.Tensor, context: torch.Tensor | None) -> torch.Tensor:
-        if block is None:
-            return h
-        out = self._run(block, h) if isinstance(block, SpatialAttentionBlock) else self._run(block, h, context)
-        # Attention leaves channels-last strides behind, in which PyTorch's group normalization on a CPU is up to 50
-        # times slower in bfloat16 (measured on torch 2.13).
-        return out.contiguous()
+        return h if block is None else self._run(block, h, context)
 
     def _layers(self) -> Iterator[tuple[nn.Module, nn.Module | None]]:
         """The residual blocks, each with the attention block that follows it."""

@@ -16,12 +16,25 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
-from monai.networks.blocks import CrossAttentionBlock, SABlock
+from monai.networks.blocks import CrossAttentionBlock, SABlock, SpatialAttentionBlock
 from monai.networks.nets import DiffusionModelUNet
-from monai.networks.nets.diffusion_model_unet import DiffusionUNetResnetBlock, get_timestep_embedding
+from monai.networks.nets.diffusion_model_unet import (
+    DiffusionUNetResnetBlock,
+    WrappedUpsample,
+    get_timestep_embedding,
+)
 from torch import nn
 
-from .blocks import ATTENTION_MODES, Attention, DownStage, MiddleStage, ResidualBlock, UpStage
+from .blocks import (
+    ATTENTION_MODES,
+    Attention,
+    DownStage,
+    MiddleStage,
+    ResidualBlock,
+    SpatialAttention,
+    UpsampleConvolution,
+    UpStage,
+)
 from .heads import ClassifierHead
 
 __all__ = ["EncoderFeatures", "JointDiffusionUNet", "JointOutput"]
@@ -197,7 +210,9 @@ class JointDiffusionUNet(DiffusionModelUNet):
 
         scale_shift = time_conditioning == "scale_shift"
         _replace(self, (SABlock, CrossAttentionBlock), lambda old: Attention(old, attention, upcast_attention))
+        _replace(self, (SpatialAttentionBlock,), SpatialAttention)
         _replace(self, (DiffusionUNetResnetBlock,), lambda old: ResidualBlock(old, scale_shift, dropout))
+        _replace(self, (WrappedUpsample,), lambda old: UpsampleConvolution(old) if hasattr(old, "postconv") else old)
         self.down_blocks = nn.ModuleList(DownStage(block, use_checkpoint) for block in self.down_blocks)
         self.middle_block = MiddleStage(self.middle_block, use_checkpoint)
         self.up_blocks = nn.ModuleList(UpStage(block, use_checkpoint) for block in self.up_blocks)

@@ -44,7 +44,12 @@ class ClassificationAugmentation(RandomizableTransform, MapTransform):
     """
 
     def __init__(
-        self, spatial_dims: int, strength: float = 1.0, flip: bool = False, key: str = "image", new_key: str = "image_cls"
+        self,
+        spatial_dims: int,
+        strength: float = 1.0,
+        flip: bool = False,
+        key: str = "image",
+        new_key: str = "image_cls",
     ) -> None:
         MapTransform.__init__(self, key)
         RandomizableTransform.__init__(self, prob=1.0)

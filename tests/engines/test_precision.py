@@ -18,7 +18,7 @@ import torch
 from parameterized import parameterized
 
 from monai_jointdiff.engines import precision
-from monai_jointdiff.engines.precision import has_fast_bf16, resolve_autocast
+from monai_jointdiff.engines.precision import has_fast_bf16, refuse_bf16_at_depth_two, resolve_autocast
 
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda")
@@ -74,6 +74,34 @@ class TestResolveAutocast(unittest.TestCase):
     def test_refused(self, name, message):
         with self.assertRaisesRegex(ValueError, message):
             resolve_autocast(name, CPU)
+
+    @parameterized.expand(
+        [
+            ((8, 16, 16), 3, torch.bfloat16, "cpu", True),
+            ((7, 16, 16), 3, torch.bfloat16, "cpu", True),
+            ((2, 16, 16), 1, torch.bfloat16, "cpu", True),
+            ((16, 8, 8), 3, torch.bfloat16, "cpu", False),
+            ((8, 16, 16), 2, torch.bfloat16, "cpu", False),
+            ((8, 8), 3, torch.bfloat16, "cpu", False),
+            ((8, 16, 16), 3, None, "cpu", False),
+            ((8, 16, 16), 3, torch.bfloat16, "cuda", False),
+        ]
+    )
+    def test_bf16_volumes_of_depth_two(self, size, levels, dtype, device, refused):
+        if refused:
+            with self.assertRaisesRegex(ValueError, "--precision fp32"):
+                refuse_bf16_at_depth_two(dtype, device, size, levels)
+        else:
+            refuse_bf16_at_depth_two(dtype, device, size, levels)
+
+    def test_tf32_is_switched_for_products_and_convolutions(self):
+        backends = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
+        before = [backend.fp32_precision for backend in backends]
+        for enabled, expected in ((True, "tf32"), (False, "ieee")):
+            precision.set_tf32(enabled)
+            self.assertEqual([backend.fp32_precision for backend in backends], [expected] * 2)
+        for backend, value in zip(backends, before, strict=True):
+            backend.fp32_precision = value
 
 
 if __name__ == "__main__":

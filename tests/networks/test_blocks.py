@@ -15,11 +15,17 @@ import unittest
 
 import torch
 import torch.nn.functional as F
-from monai.networks.blocks import CrossAttentionBlock, SABlock
-from monai.networks.nets.diffusion_model_unet import DiffusionUNetResnetBlock
+from monai.networks.blocks import Convolution, CrossAttentionBlock, SABlock, SpatialAttentionBlock
+from monai.networks.nets.diffusion_model_unet import DiffusionUNetResnetBlock, WrappedUpsample
 from parameterized import parameterized
 
-from monai_jointdiff.networks.blocks import Attention, ResidualBlock, use_einsum
+from monai_jointdiff.networks.blocks import (
+    Attention,
+    ResidualBlock,
+    SpatialAttention,
+    UpsampleConvolution,
+    use_einsum,
+)
 
 
 def randomize(module: torch.nn.Module, std: float = 0.2) -> torch.nn.Module:
@@ -92,6 +98,35 @@ class TestAttention(unittest.TestCase):
 
     def test_accelerators_use_sdpa(self):
         self.assertFalse(use_einsum("auto", torch.empty(1, 2, 16, 8, dtype=torch.bfloat16, device="meta")))
+
+
+class TestSpatialAttention(unittest.TestCase):
+    @parameterized.expand([(2,), (3,)])
+    def test_equals_monai(self, dims):
+        source = randomize(SpatialAttentionBlock(dims, 8, num_head_channels=4, norm_num_groups=4, include_fc=False))
+        x = torch.randn(3, 8, *(4, 2, 3)[:dims])
+        expected = source(x)
+        source.attn = Attention(source.attn, "einsum")
+        ours = SpatialAttention(source)
+        torch.testing.assert_close(ours(x), expected)
+        self.assertTrue(ours(x).is_contiguous())
+
+
+class TestUpsampleConvolution(unittest.TestCase):
+    @parameterized.expand([(2, 8), (3, 8), (2, 6)])
+    def test_equals_monai(self, dims, out_channels):
+        convolution = Convolution(dims, 8, out_channels, strides=1, kernel_size=3, padding=1, conv_only=True)
+        source = WrappedUpsample(
+            dims, 8, 8, 2, mode="nontrainable", interp_mode="nearest", align_corners=None, post_conv=convolution
+        )
+        randomize(source).double()
+        x = torch.randn(3, 8, *(5, 4, 3)[:dims], dtype=torch.float64, requires_grad=True)
+        ours = UpsampleConvolution(source)
+        self.assertEqual(set(ours.state_dict()), set(source.state_dict()))
+        torch.testing.assert_close(ours(x), source(x), rtol=1e-12, atol=1e-12)
+        for p in (x, convolution.conv.weight, convolution.conv.bias):
+            a, b = (torch.autograd.grad(block(x).square().sum(), p)[0] for block in (ours, source))
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
 class TestResidualBlock(unittest.TestCase):

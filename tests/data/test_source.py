@@ -1,0 +1,271 @@
+# Copyright (c) MONAI-JointDiff Contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+
+"""One option decides where images come from; all sources give the same kind of items."""
+
+from __future__ import annotations
+
+import json
+import os
+import unittest
+from collections import Counter
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from parameterized import parameterized
+
+from monai_jointdiff.data import ChestPhantoms, ImagePreprocessing, open_source
+from monai_jointdiff.data import source as source_module
+from monai_jointdiff.visualize import save_png
+from tests.bundles.runs import temporary_folder, working_directory
+
+COUNTS = (20, 8, 6)
+DATA = os.environ.get("JOINTDIFF_DATA")
+
+
+def pixels(seed: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, shape).astype(np.uint8)
+
+
+def save_npz(folder: Path, **more: Any) -> Path:
+    path = folder / "data.npz"
+    arrays = {f"{part}_images": pixels(n, 10, 6, 8) for n, part in enumerate(("train", "val", "test"))}
+    labels = {f"{part}_labels": np.arange(10)[:, None] % 2 for part in ("train", "val", "test")}
+    np.savez(path, **{**arrays, **labels, **more})
+    return path
+
+
+def save_folder(folder: Path, count: int = 20, patients: int | None = None) -> Path:
+    with open(folder / "labels.csv", "w", encoding="utf-8") as stream:
+        stream.write("file,label,patient\n")
+        for n in range(count):
+            save_png(pixels(n, 6, 8), folder / f"{n:03d}.png")
+            stream.write(f"{n:03d}.png,{'ab'[n % 2]},{n % patients if patients else ''}\n")
+    return folder
+
+
+class TestPhantoms(unittest.TestCase):
+    @parameterized.expand([(2, (1, 16, 16)), (3, (1, 16, 16, 16))])
+    def test_items_are_the_numbered_phantoms(self, spatial_dims: int, shape: tuple[int, ...]) -> None:
+        source = open_source(spatial_dims=spatial_dims, image_size=16, seed=3, phantom_counts=COUNTS)
+        phantoms = ChestPhantoms(spatial_dims, 16, 3)
+        prepare = source.preprocessing()
+        for part, first in (("train", 0), ("val", 20), ("test", 28)):
+            items = source.part(part)
+            self.assertEqual([item["image"] for item in items], list(range(first, first + len(items))))
+            prepared, phantom = prepare(items[0]), phantoms(first)
+            self.assertEqual(prepared["image"].shape, shape)
+            expected = phantom.image.astype(np.float32) / 127.5 - 1
+            np.testing.assert_allclose(prepared["image"].numpy(), expected, atol=1e-6)
+            np.testing.assert_array_equal(prepared["mask"].numpy(), phantom.mask)
+            self.assertEqual(int(prepared["label"]), phantom.label)
+
+    def test_defaults(self) -> None:
+        source = open_source()
+        self.assertEqual([len(source.part(part)) for part in ("train", "val", "test")], [2000, 300, 600])
+        self.assertEqual((source.image_size, source.in_channels, source.num_classes), ((32, 32), 1, 3))
+        source.preflight()
+
+    def test_other_classes_are_refused(self) -> None:
+        with self.assertRaisesRegex(ValueError, "phantoms have the classes normal, opacity, effusion, got a"):
+            open_source(class_names=["a"])
+
+
+class TestFiles(unittest.TestCase):
+    def test_npz_and_picture_of_the_same_pixels_are_the_same(self) -> None:
+        folder = temporary_folder(self)
+        images = pixels(0, 10, 6, 8)
+        (folder / "pictures" / "test").mkdir(parents=True)
+        for n, image in enumerate(images):
+            save_png(image, folder / "pictures" / "test" / f"{n}.png")
+        np.savez(folder / "data.npz", test_images=images)
+        one = open_source(folder / "data.npz", image_size=16)
+        two = open_source(folder / "pictures", image_size=16)
+        for first, second in zip(one.part("test"), two.part("test"), strict=True):
+            a, b = one.preprocessing()(first), two.preprocessing()(second)
+            torch.testing.assert_close(a["image"], b["image"], rtol=0, atol=0)
+            self.assertEqual(a["image"].shape, (1, 16, 16))
+            self.assertEqual((int(a["label"]), int(b["label"])), (-1, -1))
+
+    def test_size_and_channels_come_from_the_npz(self) -> None:
+        source = open_source(save_npz(temporary_folder(self)))
+        self.assertEqual((source.image_size, source.in_channels, source.class_names), ((6, 8), 1, ["0", "1"]))
+        self.assertEqual(source.name, "data.npz")
+
+    def test_missing_parts_are_drawn_by_the_seed_and_stratified(self) -> None:
+        folder = save_folder(temporary_folder(self), 40)
+        sources = [open_source(folder, seed=seed) for seed in (0, 0, 1)]
+        names = [{part: [i["name"] for i in s.part(part)] for part in ("train", "val", "test")} for s in sources]
+        self.assertEqual(names[0], names[1])
+        self.assertNotEqual(names[0], names[2])
+        everything = [name for part in names[0].values() for name in part]
+        self.assertEqual(sorted(everything), [f"{n:03d}.png" for n in range(40)])
+        for part, share in (("train", 0.65), ("val", 0.15), ("test", 0.2)):
+            counts = Counter(item["label"] for item in sources[0].part(part))
+            for label in (0, 1):
+                self.assertAlmostEqual(counts[label], 20 * share, delta=1.01)
+
+    def test_no_patient_is_in_two_parts(self) -> None:
+        folder = save_folder(temporary_folder(self), 40, patients=10)
+        source = open_source(folder)
+        parts = [{int(i["name"][:3]) % 10 for i in source.part(part)} for part in ("train", "val", "test")]
+        self.assertEqual(sum(map(len, parts)), 10)
+
+    def test_folder_called_by_a_number(self) -> None:
+        folder = temporary_folder(self)
+        (folder / "2024").mkdir()
+        save_folder(folder / "2024")
+        with working_directory(folder):
+            self.assertEqual(open_source(2024).name, "2024")
+        with working_directory(folder / "2024"):
+            self.assertEqual(open_source(".").name, "2024")
+
+    def test_medmnist_by_name(self) -> None:
+        path = save_npz(temporary_folder(self))
+        with mock.patch.object(source_module, "download_medmnist", return_value=path) as download:
+            source = open_source("medmnist:pneumoniamnist", image_size=64)
+        download.assert_called_once_with("pneumoniamnist", 64)
+        self.assertEqual((source.name, source.image_size), ("medmnist:pneumoniamnist", (64, 64)))
+
+    def test_class_names_give_the_order_and_may_name_absent_classes(self) -> None:
+        folder = save_folder(temporary_folder(self))
+        source = open_source(folder, class_names=["c", "b", "a"])
+        labels = {item["name"]: item["label"] for part in ("train", "val", "test") for item in source.part(part)}
+        self.assertEqual((labels["000.png"], labels["001.png"], source.num_classes), (2, 1, 3))
+
+    def test_several_labels_may_be_demanded(self) -> None:
+        folder = save_folder(temporary_folder(self))
+        source = open_source(folder, multi_label=True)
+        self.assertTrue(source.multi_label)
+        self.assertIn(source.part("train")[0]["label"], ([1.0, 0.0], [0.0, 1.0]))
+        self.assertEqual(source.preprocessing()(source.part("train")[0])["label"].dtype, torch.float32)
+
+    def test_wrong_places(self) -> None:
+        folder = temporary_folder(self)
+        (folder / "notes.txt").write_text("text", encoding="utf-8")
+        with self.assertRaisesRegex(ValueError, "there is no .*none; --dataset_dir takes"):
+            open_source(folder / "none")
+        with self.assertRaisesRegex(ValueError, "notes.txt is neither a folder nor an .npz file"):
+            open_source(folder / "notes.txt")
+        with self.assertRaisesRegex(ValueError, "is out of range; right are 0 to 1"):
+            open_source(save_npz(folder, val_labels=np.full((10, 1), 2)), class_names=["a", "b"])
+        with self.assertRaisesRegex(ValueError, "image_size must be one positive whole number or 2"):
+            open_source(image_size=(8, 8, 8))
+        with self.assertRaisesRegex(ValueError, "spatial_dims must be 2 or 3"):
+            open_source(spatial_dims=4)
+
+
+class TestSource(unittest.TestCase):
+    def setUp(self) -> None:
+        self.folder = temporary_folder(self)
+
+    def test_description_is_all_that_inference_needs(self) -> None:
+        images = np.linspace(-1, 1, 480, dtype=np.float32).reshape(10, 6, 8)
+        source = open_source(save_npz(self.folder, train_images=images), image_size=(12, 8))
+        content = json.loads(json.dumps(source.description()))
+        self.assertEqual(content, source.description())
+        image = source.part("val")[0]["image"].astype(np.float32) / 255
+        again = ImagePreprocessing.from_description(content)
+        torch.testing.assert_close(again(image), source.prepare(image), rtol=0, atol=0)
+        self.assertNotIn(str(self.folder), json.dumps(content))
+
+    def test_summary_counts_every_image(self) -> None:
+        labels = np.array([0, 0, 0, 1, 1, -1, 0, 0, 0, -1])
+        names = np.array(["well", "ill"])
+        text = open_source(save_npz(self.folder, train_labels=labels, class_names=names)).summary()
+        self.assertIn("data: data.npz, 6 x 8, 1 channel, ", text)
+        self.assertIn("train: 10 images (well 6, ill 2, unlabelled 2)", text)
+        self.assertIn("val: 10 images (well 5, ill 5)", text)
+        self.assertNotIn(str(self.folder), text)
+
+    def test_summary_of_several_labels(self) -> None:
+        labels = np.array([[1, 1], [0, 1], [-1, -1], [0, 0], *[[1, 0]] * 6])
+        halves = {f"{part}_labels": np.tile([[1, 0]], (10, 1)) for part in ("val", "test")}
+        text = open_source(save_npz(self.folder, train_labels=labels, **halves)).summary()
+        self.assertIn("train: 10 images (0 7, 1 2, unlabelled 1)", text)
+
+    def test_parts(self) -> None:
+        np.savez(self.folder / "data.npz", test_images=pixels(0, 3, 4, 4))
+        source = open_source(self.folder / "data.npz")
+        self.assertEqual(len(source.part("test")), 3)
+        with self.assertRaisesRegex(ValueError, "train part of data.npz has no images .train 0, val 0, test 3."):
+            source.part("train")
+        with self.assertRaisesRegex(ValueError, "'valid' is no part"):
+            source.part("valid")
+
+    def test_preflight_names_all_bad_files(self) -> None:
+        save_folder(self.folder, 12)
+        open_source(self.folder).preflight()
+        (self.folder / "003.png").write_bytes(b"")
+        whole = (self.folder / "007.png").read_bytes()
+        (self.folder / "007.png").write_bytes(whole[: len(whole) // 2])
+        save_png(pixels(0, 6, 8, 3), self.folder / "009.png")
+        with self.assertRaises(ValueError) as caught:
+            open_source(self.folder, in_channels=1).preflight()
+        text = str(caught.exception)
+        self.assertIn("3 images of", text)
+        for name in ("003.png", "007.png", "009.png"):
+            self.assertIn(f"\n  {name}: ", text)
+
+    def test_wrong_number_of_channels_is_found_before_training(self) -> None:
+        with self.assertRaisesRegex(ValueError, r"30 images of data.npz .*\n  train/000000: .*needs \(3, "):
+            open_source(save_npz(self.folder), in_channels=3).preflight()
+
+    @parameterized.expand([(False,), (True,)])
+    def test_label_list_hides_all_other_training_labels(self, multi_label: bool) -> None:
+        path = self.folder / "list.txt"
+        path.write_text("\ntrain/000001\n train/000004 \n", encoding="utf-8")
+        several = {f"{part}_labels": np.tile([[1, 0]], (10, 1)) for part in ("train", "val", "test")}
+        source = open_source(save_npz(self.folder, **(several if multi_label else {})), label_list=path)
+        missing = [-1.0, -1.0] if multi_label else -1
+        known = [item["name"] for item in source.part("train") if item["label"] != missing]
+        self.assertEqual(known, ["train/000001", "train/000004"])
+        self.assertTrue(all(item["label"] != missing for item in source.part("test")))
+
+    @parameterized.expand(
+        [("val/000001\n", "names 'val/000001', which is no training image"), ("\n", "is empty"), (None, "cannot read")]
+    )
+    def test_wrong_label_lists(self, text: str | None, message: str) -> None:
+        path = self.folder / "list.txt"
+        if text is not None:
+            path.write_text(text, encoding="utf-8")
+        with self.assertRaisesRegex(ValueError, message):
+            open_source(save_npz(self.folder), label_list=path)
+
+
+@unittest.skipUnless(DATA, "JOINTDIFF_DATA does not say where the real data are")
+class TestRealData(unittest.TestCase):
+    def test_pneumoniamnist(self) -> None:
+        source = open_source(Path(str(DATA)) / "pneumoniamnist_28.npz")
+        counts = [len(source.part(part)) for part in ("train", "val", "test")]
+        self.assertEqual(counts, [4708, 524, 624])
+        self.assertEqual((source.class_names, source.image_size), (["normal", "pneumonia"], (28, 28)))
+        image = source.preprocessing()(source.part("test")[0])["image"]
+        self.assertTrue(-1 <= float(image.min()) < float(image.max()) <= 1)
+
+    def test_jpegs_with_a_table(self) -> None:
+        source = open_source(Path(str(DATA)) / "originals" / "kermany_cxr_224", image_size=32)
+        source.preflight()
+        self.assertEqual((source.class_names, source.in_channels), (["NORMAL", "PNEUMONIA"], 1))
+        self.assertEqual(sum(len(source.part(part)) for part in ("train", "val", "test")), 30)
+
+    def test_volumes(self) -> None:
+        source = open_source(Path(str(DATA)) / "lidc_nodule3d_32.npz", spatial_dims=3)
+        self.assertEqual(source.image_size, (32, 32, 32))
+        self.assertEqual(source.preprocessing()(source.part("val")[0])["image"].shape, (1, 32, 32, 32))
+
+
+if __name__ == "__main__":
+    unittest.main()

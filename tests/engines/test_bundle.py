@@ -1,0 +1,212 @@
+# Copyright (c) MONAI-JointDiff Contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+
+"""Helpers of the configurations: places, options, weights."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import unittest
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from parameterized import parameterized
+
+from monai_jointdiff.data import BalancedOrder, ShuffledOrder, open_source
+from monai_jointdiff.engines import (
+    announce,
+    check_options,
+    class_weights,
+    draw_order,
+    epoch_length,
+    find_bundle_root,
+    freeze_encoder,
+    load_pretrained,
+    load_weights,
+)
+from tests.bundles.runs import temporary_folder, working_directory
+from tests.engines.small_run import small_network
+
+
+def labelled(*labels: Any) -> list[dict[str, Any]]:
+    return [{"label": label} for label in labels]
+
+
+class TestPlaces(unittest.TestCase):
+    def setUp(self) -> None:
+        self.folder = temporary_folder(self)
+        bundle = self.folder / "bundles" / "one"
+        (bundle / "configs").mkdir(parents=True)
+        (bundle / "configs" / "metadata.json").write_text('{"name": "one"}', encoding="utf-8")
+
+    def test_from_the_repository_and_from_the_bundle(self) -> None:
+        with working_directory(self.folder):
+            self.assertEqual(find_bundle_root("one"), str(Path("bundles/one")))
+        with working_directory(self.folder / "bundles" / "one"):
+            self.assertEqual(find_bundle_root("one"), ".")
+
+    @parameterized.expand(["two", "on"])
+    def test_another_bundle_or_place_is_refused(self, name: str) -> None:
+        with working_directory(self.folder / "bundles" / "one"):
+            with self.assertRaisesRegex(ValueError, f"bundle '{name}'.*--bundle_root PATH"):
+                find_bundle_root(name)
+
+
+class TestDraws(unittest.TestCase):
+    @parameterized.expand([(24, 8, 1, 3), (25, 8, 1, 3), (24, 8, 2, 1), (3, 8, 1, 1), (100, 7, 3, 4)])
+    def test_epoch_length(self, images: int, batch: int, processes: int, expected: int) -> None:
+        self.assertEqual(epoch_length(images, batch, processes), expected)
+
+    @parameterized.expand([(0, 8), (8, 0)])
+    def test_epoch_length_refuses(self, images: int, batch: int) -> None:
+        with self.assertRaisesRegex(ValueError, "at least one training image"):
+            epoch_length(images, batch)
+
+    def test_order(self) -> None:
+        items = labelled(0, 0, 0, 1, -1)
+        self.assertIsInstance(draw_order(items, 0), ShuffledOrder)
+        self.assertIsInstance(draw_order(items, 0, "weights"), ShuffledOrder)
+        balanced = draw_order(items, 0, "sampler")
+        self.assertIsInstance(balanced, BalancedOrder)
+        drawn = [items[balanced(n)]["label"] for n in range(5)]
+        self.assertEqual(sorted(drawn), [-1, 0, 0, 1, 1])
+        with self.assertRaisesRegex(ValueError, "one class per image"):
+            draw_order(labelled([0.0, 1.0]), 0, "sampler")
+
+
+class TestClassWeights(unittest.TestCase):
+    def test_every_class_has_the_same_total_weight_and_the_mean_is_one(self) -> None:
+        labels = np.array([0] * 5 + [1] * 2 + [2] * 9 + [-1] * 4)
+        weights = class_weights(labelled(*labels.tolist()), 3, "weights")
+        assert weights is not None
+        totals = [weights[k] * (labels == k).sum() for k in range(3)]
+        np.testing.assert_allclose(totals, totals[0])
+        self.assertAlmostEqual(float(np.mean([weights[label] for label in labels if label >= 0])), 1.0)
+
+    def test_presence_of_a_label_weighs_as_much_as_its_absence(self) -> None:
+        weights = class_weights(labelled([1.0, 0.0], [0.0, 1.0], [0.0, -1.0], [0.0, 1.0]), 2, "weights")
+        np.testing.assert_allclose(weights, [3 / 1, 1 / 2])
+
+    def test_none_unless_asked_for(self) -> None:
+        self.assertIsNone(class_weights(labelled(0, 1), 2))
+        self.assertIsNone(class_weights(labelled(0, 1), 2, "sampler"))
+
+    @parameterized.expand(
+        [
+            ([0, 0, 2, -1], 3, "of class 1 of 3"),
+            ([[1.0, 1.0], [0.0, 1.0]], 2, "without class 1 of 2"),
+            ([[1.0, 0.0], [0.0, 0.0]], 2, "of class 1 of 2"),
+        ]
+    )
+    def test_class_that_does_not_occur_is_refused(self, labels: list[Any], count: int, message: str) -> None:
+        with self.assertRaisesRegex(ValueError, f"no labelled training image {message}"):
+            class_weights(labelled(*labels), count, "weights")
+
+
+class TestOptions(unittest.TestCase):
+    def test_announce_prints_data_and_places_and_reads_all_files_if_asked(self) -> None:
+        source = open_source(phantom_counts=(3, 2, 1))
+        for preflight in (True, False):
+            text = io.StringIO()
+            with mock.patch.object(type(source), "preflight") as check, contextlib.redirect_stdout(text):
+                announce(source, "a/models", "a/output", preflight)
+            self.assertEqual(check.call_count, int(preflight))
+            self.assertEqual(text.getvalue(), f"{source.summary()}\nweights: a/models\nresults: a/output\n")
+
+    def test_right_options_pass(self) -> None:
+        check_options(epochs=1, batch_size=1, learning_rate=1e-9, max_minutes=None, patience=None, balance="sampler")
+
+    @parameterized.expand(
+        [
+            ({"amp": True}, "--amp is not supported"),
+            ({"compile": True}, "--compile is not supported"),
+            ({"balance": "both"}, "--balance is 'both'"),
+            ({"epochs": 0}, "--epochs must be greater than 0, got 0"),
+            ({"learning_rate": -1.0}, "--learning_rate must be greater than 0, got -1.0"),
+            ({"max_minutes": float("nan")}, "--max_minutes must be greater than 0"),
+        ]
+    )
+    def test_wrong_options(self, options: dict[str, Any], message: str) -> None:
+        with self.assertRaisesRegex(ValueError, message):
+            check_options(**options)
+
+
+class TestWeights(unittest.TestCase):
+    def setUp(self) -> None:
+        self.folder = temporary_folder(self)
+
+    def save(self, content: Any) -> Path:
+        torch.save(content, self.folder / "file.pt")
+        return self.folder / "file.pt"
+
+    def test_state_dict_and_checkpoint(self) -> None:
+        weights = {"a": torch.arange(3.0)}
+        torch.testing.assert_close(load_weights(self.save(weights)), weights)
+        checkpoint = {"ema": weights, "network": {"a": torch.zeros(3)}, "iteration": 3}
+        torch.testing.assert_close(load_weights(self.save(checkpoint)), weights)
+
+    def test_other_files_are_refused_by_name(self) -> None:
+        broken = self.folder / "broken.pt"
+        broken.write_bytes(b"nothing")
+        for path, message in (
+            (self.folder / "none.pt", "cannot read weights from .*none.pt"),
+            (broken, "cannot read weights from .*broken.pt"),
+            (self.save([1, 2]), "file.pt holds no state dict"),
+            (self.save({"a": 1}), "file.pt holds no state dict"),
+        ):
+            with self.assertRaisesRegex(ValueError, message):
+                load_weights(path)
+
+    def test_pretrained_takes_what_fits_and_says_what_not(self) -> None:
+        network, other = small_network(), small_network()
+        weights = {key: value + 1 for key, value in other.state_dict().items()}
+        missing, mismatched = list(weights)[:2]
+        del weights[missing]
+        weights[mismatched] = torch.zeros(1, 2, 3)
+        weights["more"] = torch.zeros(1)
+        before = {key: value.clone() for key, value in network.state_dict().items()}
+        text = io.StringIO()
+        with contextlib.redirect_stdout(text):
+            report = load_pretrained(network, self.save(weights))
+        assert report is not None
+        self.assertEqual((report.missing, report.mismatched, report.unexpected), ([missing], [mismatched], ["more"]))
+        self.assertEqual(set(report.loaded), set(before) - {missing, mismatched})
+        for key, value in network.state_dict().items():
+            torch.testing.assert_close(value, weights[key] if key in report.loaded else before[key], rtol=0, atol=0)
+        self.assertIn(f"pretrained: {len(before) - 2} tensors loaded", text.getvalue())
+        self.assertIn(f"missing: 1 ({missing})", text.getvalue())
+
+    def test_pretrained_that_fits_nowhere_is_refused(self) -> None:
+        with self.assertRaisesRegex(ValueError, "no tensor of .*file.pt fits JointDiffusionUNet"):
+            load_pretrained(small_network(), self.save({"a": torch.zeros(1)}))
+        self.assertIsNone(load_pretrained(small_network(), None))
+
+    def test_frozen_encoder_has_no_gradient_and_the_rest_has(self) -> None:
+        network = small_network()
+        trainable = freeze_encoder(network)
+        image = torch.randn(2, 1, 8, 8)
+        output = network(image, torch.tensor([3, 700]), clean=image)
+        (output.logits.square().sum() + output.prediction.square().sum()).backward()
+        with_gradient = {name for name, p in network.named_parameters() if p.grad is not None}
+        encoder = ("conv_in.", "time_embed.", "down_blocks.", "middle_block.")
+        expected = {name for name, _ in network.named_parameters() if not name.startswith(encoder)}
+        self.assertEqual(with_gradient, expected)
+        self.assertEqual(len(trainable), len(expected))
+        self.assertEqual(len(freeze_encoder(small_network(), False)), len(list(network.parameters())))
+
+
+if __name__ == "__main__":
+    unittest.main()
