@@ -11,8 +11,8 @@
 
 """The scene behind the chest-like phantoms: anatomy and findings as slabs over the frontal plane.
 
-A slab has a density over the frontal plane (rows, columns) and occupies the depths between two surfaces. Lengths are in half
-fields: columns x, rows y and depths z all run from -1 to 1. Densities are relative to soft tissue.
+A slab has a density over the frontal plane (rows, columns) and occupies the depths between two surfaces. Lengths are in
+half fields: columns x, rows y and depths z all run from -1 to 1. Densities are relative to soft tissue.
 """
 
 from __future__ import annotations

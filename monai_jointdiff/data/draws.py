@@ -11,9 +11,9 @@
 
 """Every random number of a training run is a function of (seed, number of the draw).
 
-Draw n is the n-th image that the whole run sees, whatever the number of processes, loader workers and interruptions. The
-sampler yields draw numbers, the order says which image a draw shows, and the data set seeds its random transforms from the
-draw, so that a resumed run continues the very same stream without any saved random state.
+Draw n is the n-th image that the whole run sees, whatever the number of processes, loader workers and interruptions.
+The sampler yields draw numbers, the order says which image a draw shows, and the data set seeds its random transforms
+from the draw, so that a resumed run continues the very same stream without any saved random state.
 """
 
 from __future__ import annotations
@@ -27,7 +27,15 @@ import numpy as np
 from monai.transforms import Compose, Randomizable
 from torch.utils.data import Dataset, Sampler
 
-__all__ = ["BalancedOrder", "DrawBatchSampler", "DrawDataset", "DrawOrder", "ShuffledOrder", "draw_seed", "share_random_state"]
+__all__ = [
+    "BalancedOrder",
+    "DrawBatchSampler",
+    "DrawDataset",
+    "DrawOrder",
+    "ShuffledOrder",
+    "draw_seed",
+    "share_random_state",
+]
 
 
 def draw_seed(seed: int, draw: int, stream: str) -> int:
@@ -92,9 +100,9 @@ class ShuffledOrder(DrawOrder):
 class BalancedOrder(DrawOrder):
     """The labelled draws of an epoch are shared equally among the classes; unlabelled images are seen once per epoch.
 
-    With U unlabelled images, the N - U labelled draws of an epoch go to the C classes that occur, as equally as whole numbers
-    allow (who gets the remainder changes from epoch to epoch). A class's images take turns: none is seen twice more often
-    than another of its class within the epoch.
+    With U unlabelled images, the N - U labelled draws of an epoch go to the C classes that occur, as equally as whole
+    numbers allow (who gets the remainder changes from epoch to epoch). A class's images take turns: none is seen twice
+    more often than another of its class within the epoch.
 
     Args:
         labels: (N,) class indices, -1 for unlabelled.
@@ -108,8 +116,8 @@ class BalancedOrder(DrawOrder):
         array = np.asarray(labels)
         if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
             raise ValueError(
-                f"{type(self).__name__}: balancing needs one integer label per image, got shape {array.shape} of {array.dtype}; "
-                "use ShuffledOrder for multi-label data."
+                f"{type(self).__name__}: balancing needs one integer label per image, got shape {array.shape} of "
+                f"{array.dtype}; use ShuffledOrder for multi-label data."
             )
         super().__init__(len(array), seed)
         self.unlabelled = np.flatnonzero(array < 0)
@@ -138,8 +146,8 @@ class BalancedOrder(DrawOrder):
 def share_random_state(transform: Any, state: np.random.RandomState) -> None:
     """Let every random transform inside `transform` draw from one `RandomState`.
 
-    `Compose.set_random_state` gives each leaf a state of its own, which has to be seeded for every item (0.9 ms for five
-    transforms); with one shared state, seeding that state is enough.
+    `Compose.set_random_state` gives each leaf a state of its own, which has to be seeded for every item (0.9 ms for
+    five transforms); with one shared state, seeding that state is enough.
 
     Args:
         transform: a MONAI transform, a `Compose` of such (nested, `OneOf` and the like included), or any callable.
@@ -180,7 +188,7 @@ class DrawDataset(Dataset[dict[Hashable, Any]]):
         self.order = order if order is not None else ShuffledOrder(len(data), seed)
         if self.order.length != len(data):
             raise ValueError(
-                f"{type(self).__name__}: the order arranges {self.order.length} images, but there are {len(data)} items."
+                f"{type(self).__name__}: the order arranges {self.order.length} images, there are {len(data)} items."
             )
         self.data = data
         self.transform = transform
@@ -192,11 +200,11 @@ class DrawDataset(Dataset[dict[Hashable, Any]]):
         self._cached = [transform(dict(item)) for item in data] if cache else None
 
     def __len__(self) -> int:
-        """Number of items, which is the number of draws of one epoch of the order; draws themselves are unbounded."""
+        """Number of items: the draws of one epoch of the order; draws themselves are unbounded."""
         return len(self.data)
 
     def __getitem__(self, draw: int) -> dict[Hashable, Any]:
-        """The item that draw number `draw` shows, with its random transforms as this draw has them, and `draw` itself."""
+        """The item that draw number `draw` shows, randomly transformed as this draw demands, and `draw` itself."""
         index = self.order(draw)
         item = dict(self.transform(dict(self.data[index])) if self._cached is None else self._cached[index])
         if self.random_transform is not None:
@@ -219,9 +227,9 @@ class DrawDataset(Dataset[dict[Hashable, Any]]):
 class DrawBatchSampler(Sampler[list[int]]):
     """Batches of draw numbers for one process, from the iteration where the run stands to the end of that epoch.
 
-    Iteration i on rank r of W, with B images per rank, has the draws i*B*W + r*B + [0..B): together the ranks see exactly the
-    draws that one process with batch size B*W would see. A handler sets `iteration` before each epoch (and when a run is
-    resumed); the sampler itself remembers nothing.
+    Iteration i on rank r of W, with B images per rank, has the draws i*B*W + r*B + [0..B): together the ranks see
+    exactly the draws that one process with batch size B*W would see. A handler sets `iteration` before each epoch (and
+    when a run is resumed); the sampler itself remembers nothing.
 
     Args:
         batch_size: images per iteration and rank, B.
@@ -234,7 +242,11 @@ class DrawBatchSampler(Sampler[list[int]]):
     """
 
     def __init__(self, batch_size: int, iterations_per_epoch: int, rank: int = 0, world_size: int = 1) -> None:
-        for name, value in (("batch_size", batch_size), ("iterations_per_epoch", iterations_per_epoch), ("world_size", world_size)):
+        for name, value in (
+            ("batch_size", batch_size),
+            ("iterations_per_epoch", iterations_per_epoch),
+            ("world_size", world_size),
+        ):
             if value < 1:
                 raise ValueError(f"{type(self).__name__}: {name} must be at least 1, got {value}.")
         if not 0 <= rank < world_size:

@@ -9,7 +9,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""From stored gray values to [-1, 1]: a rule that is chosen on the training data, stored with the model, and repeated."""
+"""From stored gray values to [-1, 1]: a rule that is chosen on the training data and stored with the model."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ _TOLERANCE = 0.01  # by which floating values may leave their range, as a share 
 class IntensityRule:
     """How gray values become [-1, 1].
 
-    `kind="dtype"` goes by how the values are stored: 8-bit values have the fixed range 0 to 255; floating values have the
-    range `float_range` where one is given; all others (12- and 16-bit x-rays, MR, ...) have no absolute meaning, and each
-    channel of each image is scaled between its own `percentiles`. `kind="window"` scales a fixed window (such as Hounsfield
-    units -1000 to 400) whatever the storage. Values beyond the ends are clipped.
+    `kind="dtype"` goes by how the values are stored: 8-bit values have the fixed range 0 to 255; floating values have
+    the range `float_range` where one is given; all others (12- and 16-bit x-rays, MR, ...) have no absolute meaning,
+    and each channel of each image is scaled between its own `percentiles`. `kind="window"` scales a fixed window (such
+    as Hounsfield units -1000 to 400) whatever the storage. Values beyond the ends are clipped.
 
     Args:
         kind: "dtype" or "window".
@@ -112,8 +112,10 @@ class IntensityRule:
             (C, *spatial) float32 in [-1, 1]; a channel without contrast under percentiles is -1 everywhere.
 
         Raises:
-            ValueError: when floating values lie outside of the range that the rule knows.
+            ValueError: for NaN or infinite values, or floating values outside of the range that the rule knows.
         """
+        if np.issubdtype(image.dtype, np.floating) and not np.isfinite(image).all():
+            raise ValueError("IntensityRule: the image holds NaN or infinite values.")
         low, high = self._ends(image)
         scaled = (image.astype(np.float32) - low) * (2.0 / np.maximum(high - low, 1e-12)) - 1.0
         return np.clip(scaled, -1.0, 1.0).astype(np.float32)

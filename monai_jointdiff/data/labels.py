@@ -37,8 +37,8 @@ def encode_labels(
 ) -> EncodedLabels:
     """Encode the labels of all images of all parts together.
 
-    A label is a class index, a class name (upper and lower case are the same where class names are given), several names
-    joined by `|`, or a sequence of K numbers 1, 0, -1. Missing are: nothing, nan and -1.
+    A label is a class index, a class name (upper and lower case are the same where class names are given), several
+    names joined by `|`, or a sequence of K numbers 1, 0, -1. Missing are: nothing, nan and -1.
 
     Args:
         labels: one per image; None or a string of the CSV, a number, or K numbers.
@@ -47,10 +47,12 @@ def encode_labels(
         multi_label: read names as a set of labels even if no image has two of them. None: from the labels.
 
     Returns:
-        labels, class names, and whether an image may have several labels. Without any label, the only class is "unlabelled".
+        labels, class names, and whether an image may have several labels. Without any label, the only class is
+        "unlabelled".
 
     Raises:
-        ValueError: when a label is out of range, unknown or not of the same kind as the others; the message names the image.
+        ValueError: when a label is out of range, unknown or not of the same kind as the others; the message names the
+            image.
     """
     given = None if class_names is None else [str(name) for name in class_names]
     if given is not None and len(set(given)) != len(given):
@@ -64,6 +66,8 @@ def encode_labels(
     by_name = given is not None and {text.casefold() for text in present} <= {name.casefold() for name in given}
     if present and not by_name and all(_is_whole(text) for text in present):
         return _from_indices(texts, given, names)
+    if given is None:
+        _refuse_numbers(texts, names)
     return _from_names(texts, given, names)
 
 
@@ -71,6 +75,23 @@ def _text(label: Any) -> str:
     """A label as text; missing ones as one of _MISSING."""
     text = "" if label is None else str(label).strip()
     return text.lower() if text.lower() in _MISSING else text
+
+
+def _refuse_numbers(texts: Sequence[str], names: Sequence[str]) -> None:
+    """Numbers among names, and fractions, are no classes unless class_names says so."""
+    for text, name in zip(texts, names, strict=True):
+        if text not in _MISSING and _is_number(text):
+            raise ValueError(
+                f"encode_labels: label {text!r} of '{name}' is a number that is neither a class index nor of the same "
+                "kind as the other labels; if numbers are names of classes here, give class_names."
+            )
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 def _is_whole(text: str) -> bool:
@@ -85,8 +106,9 @@ def _from_indices(texts: Sequence[str], given: list[str] | None, names: Sequence
     present = sorted({index for index in indices if index != -1})
     if given is None and present != list(range(len(present))):
         raise ValueError(
-            f"encode_labels: the labels {', '.join(map(str, present))} are not 0 to K-1; missing labels are -1 (which unsigned "
-            "numbers cannot hold: store the labels signed), and classes that do not occur need class_names."
+            f"encode_labels: the labels {', '.join(map(str, present))} (the last is that of "
+            f"'{names[indices.index(present[-1])]}') are not 0 to K-1; missing labels are -1 (which unsigned numbers "
+            "cannot hold: store the labels signed), and classes that do not occur need class_names."
         )
     class_names = [str(index) for index in present] if given is None else given
     for index, name in zip(indices, names, strict=True):
@@ -101,12 +123,18 @@ def _from_indices(texts: Sequence[str], given: list[str] | None, names: Sequence
 def _from_names(texts: Sequence[str], given: list[str] | None, names: Sequence[str]) -> EncodedLabels:
     class_names = given or sorted({text for text in texts if text not in _MISSING}) or ["unlabelled"]
     index_of = _lookup(class_names, given is not None)
-    indices = [-1 if text in _MISSING else _index(text, index_of, class_names, name) for text, name in zip(texts, names, strict=True)]
+    indices = [
+        -1 if text in _MISSING else _index(text, index_of, class_names, name)
+        for text, name in zip(texts, names, strict=True)
+    ]
     return EncodedLabels(indices, class_names, False)
 
 
 def _from_sets(texts: Sequence[str], given: list[str] | None, names: Sequence[str]) -> EncodedLabels:
-    sets = [None if text in _MISSING else [part.strip() for part in text.split(_SEPARATOR) if part.strip()] for text in texts]
+    sets = [
+        None if text in _MISSING else [part.strip() for part in text.split(_SEPARATOR) if part.strip()]
+        for text in texts
+    ]
     found = sorted({part for parts in sets for part in parts or () if part.casefold() != _NO_FINDING})
     class_names = given or found or ["unlabelled"]
     index_of = _lookup(class_names, given is not None)
@@ -124,10 +152,17 @@ def _from_vectors(labels: Sequence[Any], given: list[str] | None, names: Sequenc
     count = len(next(label for label in labels if isinstance(label, (list, tuple))))
     class_names = [str(index) for index in range(count)] if given is None else given
     if len(class_names) != count:
-        raise ValueError(f"encode_labels: the labels have {count} entries, but there are {len(class_names)} class names.")
+        raise ValueError(
+            f"encode_labels: the labels have {count} entries, but there are {len(class_names)} class names."
+        )
     vectors = []
     for label, name in zip(labels, names, strict=True):
-        entries = [-1.0] * count if label is None else [_entry(entry, name) for entry in label]
+        if isinstance(label, (list, tuple)):
+            entries = [_entry(entry, name) for entry in label]
+        elif _text(label) in _MISSING:
+            entries = [-1.0] * count
+        else:
+            raise ValueError(f"encode_labels: label {label!r} of '{name}' is one value, others have {count} entries.")
         if len(entries) != count:
             raise ValueError(f"encode_labels: the label of '{name}' has {len(entries)} entries, others have {count}.")
         vectors.append(entries)
@@ -142,7 +177,10 @@ def _entry(entry: Any, name: str) -> float:
     except ValueError:
         value = math.nan
     if value not in (0.0, 1.0, -1.0):
-        raise ValueError(f"encode_labels: entry {entry!r} of the label of '{name}' is out of range; right are 1, 0, and -1 or nothing.")
+        raise ValueError(
+            f"encode_labels: entry {entry!r} of the label of '{name}' is out of range; right are 1, 0, and -1 or "
+            "nothing."
+        )
     return value
 
 

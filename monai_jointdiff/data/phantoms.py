@@ -11,9 +11,10 @@
 
 """Chest-like phantoms with exactly known findings: a projection in 2D, a volume in 3D, from one scene.
 
-A scene is a list of slabs (:mod:`monai_jointdiff.data.anatomy`). The volume holds, voxel by voxel, the density times the part
-of the voxel that a slab covers; the x-ray picture holds the integral of the density along the depth, which is density times
-thickness. The mean of a noise-free volume along its depth is therefore the noise-free picture of the same scene, exactly.
+A scene is a list of slabs (:mod:`monai_jointdiff.data.anatomy`). The volume holds, voxel by voxel, the density times
+the part of the voxel that a slab covers; the x-ray picture holds the integral of the density along the depth, which is
+density times thickness. The mean of a noise-free volume along its depth is therefore the noise-free picture of the same
+scene, exactly.
 """
 
 from __future__ import annotations
@@ -52,22 +53,22 @@ class Phantom:
 class ChestPhantoms:
     """Chest-like phantoms, a function of (seed, index).
 
-    Anatomy: trunk with shoulders, two lungs over a domed diaphragm, heart and aortic arch, spine, trachea, ribs, clavicles,
-    vessels. Nuisance: shape of all of these, breast shadows, stomach gas, leads, side marker, rotation, scale, shift,
-    exposure, contrast, gamma, noise. Findings: an *opacity* is a soft irregular blob inside one lung; an *effusion* is fluid
-    at the bottom of one lung, with a level that rises toward the chest wall (meniscus).
+    Anatomy: trunk with shoulders, two lungs over a domed diaphragm, heart and aortic arch, spine, trachea, ribs,
+    clavicles, vessels. Nuisance: shape of all of these, breast shadows, stomach gas, leads, side marker, rotation,
+    scale, shift, exposure, contrast, gamma, noise. Findings: an *opacity* is a soft irregular blob inside one lung; an
+    *effusion* is fluid at the bottom of one lung, with a level that rises toward the chest wall (meniscus).
 
     Chest, exposure and noise are the same whatever the label: `phantoms(index, label=0)` is the healthy twin of
     `phantoms(index)` and equals it outside the mask.
 
     Args:
-        spatial_dims: 2 draws the frontal projection, 3 the volume; axes are (depth from front to back,) rows from head to
-            foot, columns.
+        spatial_dims: 2 draws the frontal projection, 3 the volume; axes are (depth from front to back,) rows from head
+            to foot, columns.
         image_size: size of all axes, or one size per axis.
         seed: seed of the whole set.
 
     Raises:
-        ValueError: for other than 2 or 3 axes, or sizes below 8.
+        ValueError: for other than 2 or 3 axes, sizes below 8, or a negative seed.
 
     Example:
 
@@ -82,7 +83,11 @@ class ChestPhantoms:
             raise ValueError(f"ChestPhantoms: spatial_dims must be 2 or 3, got {spatial_dims}.")
         size = (image_size,) * spatial_dims if isinstance(image_size, int) else tuple(image_size)
         if len(size) != spatial_dims or min(size) < 8:
-            raise ValueError(f"ChestPhantoms: image_size must be {spatial_dims} numbers of at least 8, got {image_size}.")
+            raise ValueError(
+                f"ChestPhantoms: image_size must be {spatial_dims} numbers of at least 8, got {image_size}."
+            )
+        if seed < 0:
+            raise ValueError(f"ChestPhantoms: seed must be at least 0, got {seed}.")
         self.spatial_dims = spatial_dims
         self.image_size = size
         self.seed = seed
@@ -174,9 +179,10 @@ class ChestPhantoms:
         return total
 
     def _expose(self, density: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-        """Exposure, contrast, gamma, uneven illumination, noise, 8 bit: pointwise, so that twins differ in the mask only."""
+        """Exposure, contrast, gamma, light, noise, 8 bit: pointwise, so that twins differ in the mask only."""
         u = Uniforms(generator.random(8).tolist())
-        image = 1.0 - np.exp(-u(1.4, 2.2) * np.maximum(density, 0.0) / _TYPICAL[self.spatial_dims])  # film saturates softly
+        density = np.maximum(density, 0.0) / _TYPICAL[self.spatial_dims]
+        image = 1.0 - np.exp(-u(1.4, 2.2) * density)  # film saturates softly
         image = u(0.88, 1.1) * image ** u(1.0, 1.9) + u(-0.03, 0.08)
         image += np.float32(u(-0.06, 0.06)) * self._x + np.float32(u(-0.05, 0.05)) * self._y
         image += np.float32(u(0.01, 0.03)) * generator.standard_normal(self.image_size, dtype=np.float32)

@@ -15,14 +15,15 @@ Canonical order of the axes is channel, (depth,) rows, columns. MONAI's readers 
 
 ====================  ==================================================================================================
 JPEG, PNG, TIFF, BMP  `PILReader`, transposed to rows, columns; palettes and alpha are resolved
-DICOM                 `ITKReader`; MONOCHROME1 is inverted (by ITK: air is dark afterwards), a single slice loses its third
+DICOM                 `ITKReader`; MONOCHROME1 is inverted (by ITK: air is dark then), a single slice loses its third
                       axis; a folder is read as one series
 NIfTI                 `NibabelReader`
 NRRD, MetaImage       `ITKReader`
 ====================  ==================================================================================================
 
-Volumes whose header knows the patient are brought to axial order: depth from the feet to the head, rows from front to back,
-columns from the patient's right to the left, as a radiologist sees axial slices. Pictures (2D) stay as they are stored.
+Volumes whose header knows the patient are brought to axial order: depth from the feet to the head, rows from front to
+back, columns from the patient's right to the left, as a radiologist sees axial slices. Pictures (2D) stay as they are
+stored.
 """
 
 from __future__ import annotations
@@ -54,7 +55,17 @@ __all__ = [
 _PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff")
 _NIFTI = (".nii", ".nii.gz")
 _ITK = (".dcm", ".dicom", ".nrrd", ".nhdr", ".mha", ".mhd")
-_PIL_MODES = {"1": "L", "LA": "L", "La": "L", "P": "RGB", "PA": "RGB", "RGBA": "RGB", "RGBX": "RGB", "CMYK": "RGB", "YCbCr": "RGB"}
+_PIL_MODES = {
+    "1": "L",
+    "LA": "L",
+    "La": "L",
+    "P": "RGB",
+    "PA": "RGB",
+    "RGBA": "RGB",
+    "RGBX": "RGB",
+    "CMYK": "RGB",
+    "YCbCr": "RGB",
+}
 _LUMINANCE = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601
 _COLORED = 16.0 / 255.0  # spread between channels, as a share of the range, from which a pixel counts as colored
 _MARKINGS = 0.05  # share of colored pixels up to which an image is a gray one with markings burnt in
@@ -90,15 +101,15 @@ def read_image(path: str | Path, spatial_dims: int = 2, in_channels: int | None 
     Args:
         path: the file; a folder is a DICOM series.
         spatial_dims: 2 or 3.
-        in_channels: number of channels to return: gray images are repeated to 3, gray images stored as RGB become 1. None: as
-            stored.
+        in_channels: number of channels to return: gray images are repeated to 3, gray images stored as RGB become 1.
+            None: as stored.
 
     Returns:
         (C, rows, columns) or (C, depth, rows, columns), dtype as stored.
 
     Raises:
-        ValueError: when the file is missing, cannot be read, has other axes or channels, or holds NaN or infinite values; the
-            message names the file.
+        ValueError: when the file is missing, cannot be read, has other axes or channels, or holds NaN or infinite
+            values; the message names the file.
     """
     return _read(path, spatial_dims, in_channels).array
 
@@ -110,7 +121,9 @@ def _read(path: str | Path, spatial_dims: int, in_channels: int | None) -> _Stor
             raise ValueError("there is no such file")
         stored = _picture(path) if path.name.lower().endswith(_PICTURES) else _volume(path, spatial_dims)
         if stored.array.ndim != spatial_dims + 1:
-            raise ValueError(f"it has {stored.array.ndim - 1} spatial axes {stored.array.shape[1:]}, but spatial_dims is {spatial_dims}")
+            raise ValueError(
+                f"it has {stored.array.ndim - 1} spatial axes {stored.array.shape[1:]}, spatial_dims is {spatial_dims}"
+            )
         if stored.array.size == 0:
             raise ValueError(f"it has no pixels (shape {stored.array.shape})")
         if not np.isfinite(stored.array).all():
@@ -150,7 +163,9 @@ def _volume(path: Path, spatial_dims: int) -> _Stored:
     if spatial_dims == 2 and array.ndim == 4 and single:
         array, spacing = array.squeeze(single[-1]), np.delete(spacing, single[-1] - 1)
     array = array.transpose(0, *range(array.ndim - 1, 0, -1))
-    return _Stored(np.ascontiguousarray(array), tuple(float(s) if np.isfinite(s) and s > 0 else 1.0 for s in spacing[::-1]))
+    return _Stored(
+        np.ascontiguousarray(array), tuple(float(s) if np.isfinite(s) and s > 0 else 1.0 for s in spacing[::-1])
+    )
 
 
 def _native(array: np.ndarray) -> np.ndarray:
@@ -192,8 +207,8 @@ def _with_channels(array: np.ndarray, in_channels: int | None) -> np.ndarray:
 class ImagePreprocessing:
     """From a file, or an array as stored, to the tensor that a network sees: intensities to [-1, 1], size, padding.
 
-    The image is scaled to fit into `image_size` with its aspect kept (the physical one where the header gives the size of a
-    pixel) and padded evenly with -1. Scaling down averages over the pixels that fall together (triangle filter).
+    The image is scaled to fit into `image_size` with its aspect kept (the physical one where the header gives the size
+    of a pixel) and padded evenly with -1. Scaling down averages over the pixels that fall together (triangle filter).
 
     Args:
         spatial_dims: 2 or 3.

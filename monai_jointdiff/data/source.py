@@ -35,7 +35,7 @@ from monai_jointdiff.data.splits import complete_parts
 __all__ = ["ImageSource", "PrepareItem", "open_source"]
 
 PARTS = ("train", "val", "test")
-PHANTOM_COUNTS = (2000, 300, 600)
+PHANTOM_COUNTS = (6000, 300, 600)
 _MEDMNIST = "medmnist:"
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Mapping, Sequence
+from typing import cast
 
 import numpy as np
 
@@ -58,13 +59,14 @@ def complete_parts(
 ) -> list[str]:
     """Give every image a part: validation and test parts that are missing are taken out of the training part.
 
-    Images without a part count as training images. Groups (patients) stay together, and each part gets its share of every
-    label as nearly as whole groups allow. A data set without any training image is left as it is: it is there to be tested on.
+    Images without a part go where their group's other images are, else they count as training images. Groups (patients)
+    stay together, and each part gets its share of every label as nearly as whole groups allow. A data set without any
+    training image is left as it is: it is there to be tested on.
 
     Args:
         parts: canonical part of each image, or None.
         labels: label of each image.
-        groups: patient of each image. None: each image for itself.
+        groups: patient of each image, None where unknown. None: each image for itself.
         seed: seed of the choice.
         val_fraction: share of the validation part, if it is missing.
         test_fraction: share of the test part, if it is missing.
@@ -73,25 +75,44 @@ def complete_parts(
         the part of each image.
 
     Raises:
-        ValueError: when the fractions are not shares that leave something to train on.
+        ValueError: when the fractions are not shares that leave something to train on, or a group has images in two
+            parts.
     """
     if min(val_fraction, test_fraction) < 0 or val_fraction + test_fraction >= 1:
         raise ValueError(
             f"complete_parts: val_fraction and test_fraction must be at least 0 and together below 1, "
             f"got {val_fraction} and {test_fraction}."
         )
-    complete = [part if part is not None else "train" for part in parts]
+    keys: list[Hashable] = [
+        ("image", index) if groups is None or groups[index] is None else ("group", groups[index])
+        for index in range(len(parts))
+    ]
+    given = _given_parts(keys, parts)
+    complete = [given.get(key, "train") for key in keys]
     fractions = {"test": test_fraction, "val": val_fraction}
     missing = {part: share for part, share in fractions.items() if part not in complete and share > 0}
-    members = defaultdict(list)
-    for index, part in enumerate(complete):
-        if part == "train":
-            members[index if groups is None else groups[index]].append(index)
+    members: defaultdict[Hashable, list[int]] = defaultdict(list)
+    for index, key in enumerate(keys):
+        if complete[index] == "train":
+            members[key].append(index)
     shares = {"train": 1 - sum(missing.values()), **missing}
     for group, part in _distribute(members, labels, shares, seed).items():
         for index in members[group]:
             complete[index] = part
     return complete
+
+
+def _given_parts(keys: Sequence[Hashable], parts: Sequence[str | None]) -> dict[Hashable, str]:
+    """The part of every group that has one."""
+    given: dict[Hashable, str] = {}
+    for key, part in zip(keys, parts, strict=True):
+        if part is not None and given.setdefault(key, part) != part:
+            _, group = cast(tuple[str, Hashable], key)
+            raise ValueError(
+                f"complete_parts: patient {group!r} has images in the {given[key]} and in the {part} part; the same "
+                "patient may not be trained and tested on."
+            )
+    return given
 
 
 def _distribute(
@@ -105,7 +126,9 @@ def _distribute(
     chosen: dict[Hashable, str] = {}
     for group in sorted(order, key=lambda key: -len(members[key])):
         content = Counter(labels[index] for index in members[group])
-        part = max(lacking, key=lambda part: sum(n * lacking[part][label] / totals[label] for label, n in content.items()))
+        part = max(
+            lacking, key=lambda part: sum(n * lacking[part][label] / totals[label] for label, n in content.items())
+        )
         for label, count in content.items():
             lacking[part][label] -= count
         chosen[group] = part

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from itertools import compress
 
 import torch
 from ignite.engine import Engine, Events
@@ -33,7 +34,8 @@ class ExponentialMovingAverage:
     `d = min(decay, (1 + i) / (warmup + i))`. The warm-up forgets the initial weights: with `warmup=10` their share
     after 1,000 iterations is below 1e-20 (a constant .999 leaves 37 %), and the average reaches back over about
     i / (warmup - 1) iterations. The decay is a function of the iteration alone, so nothing but the weights has to be
-    saved to resume exactly. Buffers are copied.
+    saved to resume exactly. Floating buffers are averaged, too: running statistics of features then fit the averaged
+    weights to first order, those of the last iteration do not. Other buffers are copied.
 
     A run that starts at iteration 0 begins with the network's weights as they are then.
 
@@ -86,10 +88,14 @@ class ExponentialMovingAverage:
         Args:
             iteration: of the training, counted from 1.
         """
-        average, weights = list(self.ema_model.parameters()), list(self.model.parameters())
-        if average:
-            get_ema_multi_avg_fn(self.decay_at(iteration))(average, weights, None)
-        self._copy_buffers()
+        average, present = _tensors(self.ema_model), _tensors(self.model)
+        floating = [tensor.is_floating_point() for tensor in average]
+        if any(floating):
+            sides = (list(compress(side, floating)) for side in (average, present))
+            get_ema_multi_avg_fn(self.decay_at(iteration))(*sides, None)
+        for ours, theirs, is_floating in zip(average, present, floating, strict=True):
+            if not is_floating:
+                ours.copy_(theirs)
         self.iteration = iteration
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -110,6 +116,7 @@ class ExponentialMovingAverage:
         if engine.state.iteration == 0:
             self.load_state_dict(self.model.state_dict(), iteration=0)
 
-    def _copy_buffers(self) -> None:
-        for average, buffer in zip(self.ema_model.buffers(), self.model.buffers(), strict=True):
-            average.copy_(buffer)
+
+def _tensors(network: nn.Module) -> list[Tensor]:
+    """Parameters and buffers, in the order of the network."""
+    return [*network.parameters(), *network.buffers()]

@@ -12,7 +12,7 @@
 
 from __future__ import annotations
 
-from .heads import HEADS, ClassifierHead
+from .heads import HEADS, ClassifierHead, FeatureStandardization
 from .joint_diffusion_unet import EncoderFeatures, JointDiffusionUNet, JointOutput
 
-__all__ = ["HEADS", "ClassifierHead", "EncoderFeatures", "JointDiffusionUNet", "JointOutput"]
+__all__ = ["HEADS", "ClassifierHead", "EncoderFeatures", "FeatureStandardization", "JointDiffusionUNet", "JointOutput"]

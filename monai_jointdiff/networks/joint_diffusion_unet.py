@@ -171,7 +171,7 @@ class JointDiffusionUNet(DiffusionModelUNet):
         dropout_cattn: float = 0.0,
         include_fc: bool = False,
         use_combined_linear: bool = False,
-        head: str = "mediffusion",
+        head: str = "standardized",
         head_hidden: int | None = None,
         head_dropout: float | None = None,
         time_conditioning: str = "add",

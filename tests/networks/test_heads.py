@@ -17,7 +17,7 @@ import torch
 from parameterized import parameterized
 from torch import nn
 
-from monai_jointdiff.networks import HEADS, ClassifierHead
+from monai_jointdiff.networks import HEADS, ClassifierHead, FeatureStandardization
 
 
 def shapes_of(head: nn.Module) -> list[tuple[int, ...]]:
@@ -50,12 +50,47 @@ class TestClassifierHead(unittest.TestCase):
         torch.testing.assert_close(logits, head([constant(a, 3, 5, 2), constant(b, 2, 1, 7)]))
         torch.testing.assert_close(logits[2:3], head([constant(a[2:3], 8, 8), constant(b[2:3], 4, 4)]))
 
+    def test_standardization_equals_batch_normalization(self):
+        torch.manual_seed(0)
+        ours, reference = FeatureStandardization(6).double(), nn.BatchNorm1d(6).double()
+        for module in (ours, reference):
+            nn.init.uniform_(module.weight, generator=torch.Generator().manual_seed(1))
+        for step in range(4):
+            z = (torch.randn(5 + step, 6, dtype=torch.float64) * 0.01 + 3).requires_grad_()
+            results = []
+            for module in (ours, reference):
+                out = module(z)
+                results.append((out, *torch.autograd.grad(out.pow(3).sum(), [z, module.weight, module.bias])))
+            for a, b in zip(*results, strict=True):
+                torch.testing.assert_close(a, b)
+        torch.testing.assert_close(ours.running_mean, reference.running_mean)
+        torch.testing.assert_close(ours.running_var, reference.running_var)
+        z = torch.randn(1, 6, dtype=torch.float64)
+        expected = reference.eval()(z)
+        torch.testing.assert_close(ours(z), expected)  # one image in training: running statistics
+        torch.testing.assert_close(ours.eval()(z), expected)
+
+    def test_standardized_head_sees_average_and_maximum(self):
+        torch.manual_seed(0)
+        head = ClassifierHead((2,), 3, "standardized").eval()
+        x = torch.zeros(1, 2, 4, 4)
+        x[0, :, 0, 0], x[0, :, 1, 1] = 1.0, -1.0  # average 0, maximum 1
+        y = torch.zeros(1, 2, 4, 4)  # average 0, maximum 0
+        first = head.layers[2].weight  # (128, 4): two averages, two maxima
+        with torch.no_grad():
+            first[:, :2] = 0
+        self.assertFalse(torch.allclose(head([x]), head([y])))
+        with torch.no_grad():
+            first[:, 2:] = 0
+            first[:, :2] = 1
+        torch.testing.assert_close(head([x]), head([y]))
+
     def test_published_widths(self):
         # JointDiffusion at 32 px: 29 maps of 128 channels, half of it in the middle; Mediffusion: 5632 to 1024
         joint = ClassifierHead([128] * 29, 10, "jointdiffusion")
         self.assertEqual(shapes_of(joint), [(1856, 3712), (10, 1856)])
         self.assertEqual([m.p for m in joint.modules() if isinstance(m, nn.Dropout)], [0.7, 0.7])
-        mediffusion = ClassifierHead([5632], 14)
+        mediffusion = ClassifierHead([5632], 14, "mediffusion")
         self.assertEqual(shapes_of(mediffusion), [(1024, 5632), (14, 1024)])
         self.assertEqual([m.p for m in mediffusion.modules() if isinstance(m, nn.Dropout)], [0.3, 0.3])
 
@@ -72,7 +107,7 @@ class TestClassifierHead(unittest.TestCase):
 
     def test_logits_keep_single_precision_under_autocast(self):
         torch.manual_seed(0)
-        head = ClassifierHead([8], 2).eval()
+        head = ClassifierHead([8], 2, "mediffusion").eval()
         x = torch.randn(3, 8, 4, 4).bfloat16()
         with torch.autocast("cpu", torch.bfloat16):
             logits = head([x])
