@@ -72,8 +72,8 @@ def refuse_bf16_at_depth_two(
     depths = [-(-image_size[0] // 2**level) for level in range(num_levels)]  # convolutions round up
     if 2 in depths:
         raise ValueError(
-            f"refuse_bf16_at_depth_two: with depth {image_size[0]} the network works at depths {depths}; at 2 the CPU's "
-            "gradients in bf16 are wrong. Use --precision fp32, or another --image_size."
+            f"refuse_bf16_at_depth_two: with depth {image_size[0]} it works at depths {depths}; the CPU at 2 gives "
+            "wrong gradients in bf16. Use --precision fp32, or another --image_size."
         )
 
 
