@@ -52,7 +52,7 @@ from monai_jointdiff.inferers import JointDiffusionInferer
 from monai_jointdiff.metrics import frechet_distance, kernel_distance
 
 DATA = "pneumoniamnist_28"
-EPOCHS = 10
+EPOCHS = 12
 METHODS = ("joint", "classifier", "denoiser")
 CONTROLS: dict[str, dict[str, Any]] = {
     "joint": {},

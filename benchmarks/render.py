@@ -36,6 +36,7 @@ __all__ = ["format_value", "load_results", "main", "render_document", "render_ta
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+NOT_MEASURED = "Not measured yet."
 DOCUMENTS = (ROOT / "benchmarks" / "README.md", ROOT / "README.md")
 
 MARKER = re.compile(r"^<!-- (table|end):([\w.-]+) -->[ \t]*$", re.M)
@@ -192,15 +193,14 @@ def render_document(text: str, results: Mapping[str, Mapping[str, Any]], documen
         document: its name, for messages.
 
     Returns:
-        The new text; rendering it again changes nothing.
+        The new text; rendering it again changes nothing. A table without results says that it has not been measured.
 
     Raises:
-        ValueError: when a marker has no partner, or names a table without results.
+        ValueError: when a marker has no partner.
     """
     for name, start, end in reversed(marked_spans(text, document)):
-        if name not in results:
-            raise ValueError(f"{document}: table {name!r} has no results; there are {sorted(results)}.")
-        text = f"{text[:start]}\n{render_table(results[name])}\n{text[end:]}"
+        table = render_table(results[name]) if name in results else NOT_MEASURED
+        text = f"{text[:start]}\n{table}\n{text[end:]}"
     return text
 
 

@@ -79,8 +79,9 @@ def _text(label: Any) -> str:
 
 def _refuse_numbers(texts: Sequence[str], names: Sequence[str]) -> None:
     """Numbers among names, and fractions, are no classes unless class_names says so."""
+    only_numbers = all(_is_number(text) for text in texts if text not in _MISSING)
     for text, name in zip(texts, names, strict=True):
-        if text not in _MISSING and _is_number(text):
+        if text not in _MISSING and _is_number(text) and not (only_numbers and _is_whole(text)):
             raise ValueError(
                 f"encode_labels: label {text!r} of '{name}' is a number that is neither a class index nor of the same "
                 "kind as the other labels; if numbers are names of classes here, give class_names."
