@@ -97,7 +97,10 @@ class TestExponentialMovingAverage(unittest.TestCase):
         network.train()
         network(torch.randn(8, 1).double() + 3)  # moves the running mean
         average.update(1)
-        torch.testing.assert_close(average.ema_model[1].running_mean, network[1].running_mean)
+        # like the weights, the running mean goes from its initial 0 by 1 - d toward the present one; counters are copied
+        expected = (1 - average.decay_at(1)) * network[1].running_mean
+        torch.testing.assert_close(average.ema_model[1].running_mean, expected)
+        self.assertEqual(average.ema_model[1].num_batches_tracked, network[1].num_batches_tracked)
         self.assertEqual(set(average.state_dict()), set(network.state_dict()))
 
     def test_accumulated_steps(self):

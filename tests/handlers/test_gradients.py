@@ -106,10 +106,10 @@ class TestNonFiniteGuard(unittest.TestCase):
         data[4]["image"][0, 3, 3] = float("nan")
         with tempfile.TemporaryDirectory() as folder:
             run = small_run(Path(folder), data=data)
-            before = [weight.clone() for weight in run.network.state_dict().values()]
+            before = [weight.detach().clone() for weight in run.network.parameters()]
             with self.assertRaisesRegex(FloatingPointError, "diffusion = nan.* at step 1 .*not finite: image_4.png"):
                 run.trainer.run()
-            for weight, kept in zip(run.network.state_dict().values(), before, strict=True):
+            for weight, kept in zip(run.network.parameters(), before, strict=True):
                 self.assertTrue(torch.equal(weight, kept))  # the step did not reach the weights
 
 
