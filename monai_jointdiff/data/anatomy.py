@@ -25,6 +25,7 @@ import numpy as np
 __all__ = ["Frame", "Lung", "Slab", "Uniforms", "anatomy", "effusion", "opacity"]
 
 _AIR_IN_LUNG = -0.74  # density that a lung takes away from the tissue
+_LEAST_FLUID = 0.06  # half thickness of the thickest place of an effusion, at least
 
 
 class Slab(NamedTuple):
@@ -223,6 +224,9 @@ def opacity(frame: Frame, u: Uniforms, lungs: Sequence[Lung], coarse: np.ndarray
         u: numbers that shape the finding.
         lungs: the two lungs.
         coarse: (rows, columns) random field that makes the density uneven.
+
+    Returns:
+        the slabs that are added to the chest.
     """
     lung = lungs[int(u(0.0, 2.0))]
     across, y, radius = u(-0.45, 0.5), u(-0.42, 0.26), u(0.17, 0.28)
@@ -245,9 +249,15 @@ def effusion(frame: Frame, u: Uniforms, lungs: Sequence[Lung], coarse: np.ndarra
         u: numbers that shape the finding.
         lungs: the two lungs.
         coarse: (rows, columns) random field that makes the density uneven.
+
+    Returns:
+        the slabs that are added to the chest.
     """
     lung = lungs[int(u(0.0, 2.0))]
     height, rise, width = u(0.08, 0.36), u(0.12, 0.24), u(0.25, 0.5)
     level = lung.base + 0.1 - height - rise * np.exp((np.clip(lung.across, -1.0, 1.0) - 1.0) / width)
     fluid = _ramp(frame.y - level, frame.edge) * lung.air
+    while (fluid * lung.half).max() < _LEAST_FLUID and level.min() > -1.0:  # the lung ends above the level
+        level -= 0.04
+        fluid = _ramp(frame.y - level, frame.edge) * lung.air
     return [Slab(-_AIR_IN_LUNG * u(0.8, 1.0) * (1.0 + 0.04 * np.clip(coarse, -2.0, 2.0)) * fluid, lung.half)]

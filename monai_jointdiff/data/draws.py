@@ -220,6 +220,9 @@ class DrawDataset(Dataset[dict[Hashable, Any]]):
         Args:
             seed: ignored.
             state: ignored.
+
+        Returns:
+            this data set.
         """
         return self
 

@@ -71,6 +71,9 @@ class IntensityRule:
         Args:
             content: the arguments by name.
 
+        Returns:
+            the rule.
+
         Raises:
             ValueError: for a name that is no argument.
         """
@@ -88,6 +91,9 @@ class IntensityRule:
 
         Args:
             images: all training images.
+
+        Returns:
+            the rule.
         """
         if not np.issubdtype(images.dtype, np.floating) or images.size == 0:
             return cls()

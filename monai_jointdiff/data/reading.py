@@ -246,6 +246,9 @@ class ImagePreprocessing:
 
         Args:
             description: `ImageSource.description()`, as stored in `model.json`.
+
+        Returns:
+            the preprocessing, without the training data.
         """
         return cls(*(description[key] for key in ("spatial_dims", "image_size", "in_channels", "intensity")))
 
@@ -285,6 +288,9 @@ def image_size_tuple(image_size: int | Sequence[int], spatial_dims: int) -> tupl
     Args:
         image_size: one number for all axes, or one per axis.
         spatial_dims: number of axes.
+
+    Returns:
+        the sizes of the axes.
 
     Raises:
         ValueError: when these are not `spatial_dims` positive whole numbers, or the axes not 2 or 3.

@@ -40,6 +40,9 @@ def canonical_part(name: str) -> str:
     Args:
         name: as written in a file, in any case.
 
+    Returns:
+        the name of the part here.
+
     Raises:
         ValueError: for any other name.
     """

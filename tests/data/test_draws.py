@@ -233,7 +233,7 @@ class TestDrawDataset(unittest.TestCase):
         one, two = dataset(spatial_dims), dataset(spatial_dims, cache=False)
         forward = [images(one[draw]) for draw in range(2 * COUNT)]
         for draw in [5, 13, 0, 5, 7, 1]:
-            np.random.rand(3)  # global states have no say
+            np.random.rand(3)  # noqa: NPY002 (the global state has no say)
             torch.testing.assert_close(images(two[draw]), forward[draw], rtol=0, atol=0)
 
     def test_views_of_one_image_and_of_other_seeds_differ(self) -> None:

@@ -89,6 +89,14 @@ class TestCompleteParts(unittest.TestCase):
             for part, share in SHARES.items():
                 self.assertLessEqual(abs(counts[label, part] - share * total), 5)
 
+    @parameterized.expand([(seed,) for seed in range(5)])
+    def test_a_large_patient_is_made_up_for_by_small_ones(self, seed: int) -> None:
+        groups = ["large"] * 60 + list(range(40))
+        parts = complete_parts([None] * 100, [0] * 100, groups, seed)
+        self.assertEqual(parts[:60], ["train"] * 60)
+        counts = Counter(parts)
+        self.assertEqual([counts[part] for part in SHARES], [65, 15, 20])
+
     def test_images_without_a_known_patient_are_on_their_own(self) -> None:
         """They must not travel as one huge patient."""
         groups = ["a"] * 4 + [None] * 96
