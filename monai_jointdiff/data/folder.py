@@ -14,6 +14,7 @@
 from __future__ import annotations
 
 import csv
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,9 @@ def _by_csv(
     empty = [str(line) for line, row in enumerate(rows, start=2) if not row[image_column]]
     if empty:
         raise ValueError(f"read_folder: no file in column {image_column!r} of {table.name}, lines {', '.join(empty)}.")
+    repeated = sorted(name for name, count in Counter(row[image_column] for row in rows).items() if count > 1)
+    if repeated:
+        raise ValueError(f"read_folder: {table.name} lists files more than once: {', '.join(repeated)}.")
     absent = [row[image_column] for row in rows if not (folder / row[image_column]).exists()]
     if absent:
         names = ", ".join(absent)

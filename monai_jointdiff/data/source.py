@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +88,7 @@ class ImageSource:
         multi_label: an image may have several labels.
         prepare: reads, scales and pads.
         phantoms: draws the images, if they are phantoms.
+        opened_with: seed and columns, on which the division into parts depends.
     """
 
     name: str
@@ -96,6 +97,7 @@ class ImageSource:
     multi_label: bool
     prepare: ImagePreprocessing
     phantoms: ChestPhantoms | None = None
+    opened_with: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def spatial_dims(self) -> int:
@@ -149,6 +151,7 @@ class ImageSource:
             "image_size": list(self.image_size),
             "in_channels": self.in_channels,
             "intensity": self.prepare.intensity.as_dict(),
+            "opened_with": dict(self.opened_with),
         }
 
     def summary(self) -> str:
@@ -295,7 +298,15 @@ def open_source(
         found.intensity if intensity is None else intensity,
     )
     name = text if text.startswith(_MEDMNIST) else path.resolve().name
-    return ImageSource(name, items, encoded.class_names, encoded.multi_label, prepare).with_label_list(label_list)
+    opened_with = {
+        "seed": seed,
+        "image_column": image_column,
+        "label_column": label_column if isinstance(label_column, str) else list(label_column),
+        "split_column": split_column,
+        "patient_column": patient_column,
+    }
+    source = ImageSource(name, items, encoded.class_names, encoded.multi_label, prepare, opened_with=opened_with)
+    return source.with_label_list(label_list)
 
 
 def _phantoms(
@@ -317,4 +328,7 @@ def _phantoms(
         numbers = range(int(end) - count, int(end))
         items[part] = [{"image": n, "label": phantoms.label(n), "name": f"phantom/{n:06d}"} for n in numbers]
     prepare = ImagePreprocessing(spatial_dims, phantoms.image_size, 1, IntensityRule())
-    return ImageSource(f"phantoms of seed {seed}", items, list(CHEST_CLASSES), False, prepare, phantoms)
+    opened_with = {"seed": seed, "phantom_counts": list(counts)}
+    return ImageSource(
+        f"phantoms of seed {seed}", items, list(CHEST_CLASSES), False, prepare, phantoms, opened_with=opened_with
+    )

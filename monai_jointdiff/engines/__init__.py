@@ -44,6 +44,7 @@ from .serving import (
     noise_items,
     preprocessing_of_model,
     source_of_model,
+    start_model,
 )
 from .training_report import TrainingReport, predict
 
@@ -80,6 +81,7 @@ __all__ = [
     "resolve_autocast",
     "set_tf32",
     "source_of_model",
+    "start_model",
     "write_generation",
     "write_predictions_csv",
 ]

@@ -155,13 +155,20 @@ def announce(source: ImageSource, ckpt_dir: str | Path, output_dir: str | Path, 
         source.preflight()
 
 
-def check_options(amp: bool = False, compile: bool = False, balance: str = "none", **counts: float | None) -> None:
+def check_options(
+    amp: bool = False,
+    compile: bool = False,
+    balance: str = "none",
+    frozen_without_weights: bool = False,
+    **counts: float | None,
+) -> None:
     """Refuse options that would be ignored or fail late.
 
     Args:
         amp: the engine's own mixed precision. Refused: it does nothing on the CPU; use `precision`.
         compile: `torch.compile`. Refused: MONAI 1.6.1's trainer wraps predictions in a way that breaks it.
         balance: `none`, `weights` (class weights in the loss) or `sampler` (classes drawn equally often).
+        frozen_without_weights: the encoder is to be frozen, but nothing is loaded into it. Refused.
         counts: numbers that must be positive, or None.
 
     Raises:
@@ -173,6 +180,8 @@ def check_options(amp: bool = False, compile: bool = False, balance: str = "none
         raise ValueError("check_options: --compile is not supported: MONAI 1.6's trainer breaks torch.compile here.")
     if balance not in ("none", "weights", "sampler"):
         raise ValueError(f"check_options: --balance is {balance!r}, it must be 'none', 'weights' or 'sampler'.")
+    if frozen_without_weights:
+        raise ValueError("check_options: --freeze_encoder needs --pretrained: it would freeze random weights.")
     for name, value in counts.items():
         if value is not None and not value > 0:
             raise ValueError(f"check_options: --{name} must be greater than 0, got {value!r}.")
@@ -256,7 +265,7 @@ def load_pretrained(network: nn.Module, path: str | Path | None) -> PretrainedRe
 
 
 def freeze_encoder(network: nn.Module, freeze: bool = True) -> list[nn.Parameter]:
-    """Stop the encoder (input convolution, time embedding, down and middle blocks) from learning.
+    """Stop the encoder (input convolution, time and class embedding, down and middle blocks) from learning.
 
     Args:
         network: a :class:`~monai_jointdiff.networks.JointDiffusionUNet`, changed in place.
@@ -266,7 +275,8 @@ def freeze_encoder(network: nn.Module, freeze: bool = True) -> list[nn.Parameter
         the parameters that still learn, for the optimizer.
     """
     if freeze:
-        for name in ("conv_in", "time_embed", "down_blocks", "middle_block"):
-            part: Any = getattr(network, name)
-            part.requires_grad_(False)
+        for name in ("conv_in", "time_embed", "class_embedding", "down_blocks", "middle_block"):
+            part: Any = getattr(network, name, None)
+            if part is not None:
+                part.requires_grad_(False)
     return [parameter for parameter in network.parameters() if parameter.requires_grad]

@@ -32,6 +32,7 @@ __all__ = [
     "noise_items",
     "preprocessing_of_model",
     "source_of_model",
+    "start_model",
 ]
 
 _OF_THE_MODEL = ("spatial_dims", "image_size", "class_names", "in_channels", "intensity", "multi_label")
@@ -65,13 +66,31 @@ def load_trained(network: nn.Module, ckpt_dir: str | Path) -> bool:
     return True
 
 
+def start_model(description: ModelDescription, ckpt_dir: str | Path, resume: str | Path | None = None) -> None:
+    """Write the description of the model that is about to be trained; a new run removes the weights of an old one.
+
+    Weights and description in a folder thus belong together at any time.
+
+    Args:
+        description: of the network to be trained.
+        ckpt_dir: folder of `model.pt` and `model.json`.
+        resume: the checkpoint a run goes on from: its weights stay.
+    """
+    if resume is None:
+        (Path(ckpt_dir) / "model.pt").unlink(missing_ok=True)
+    description.save(Path(ckpt_dir) / "model.json")
+
+
 def source_of_model(description: ModelDescription, dataset_dir: str | int | None, **options: Any) -> ImageSource:
     """Labelled data for a trained model: size, channels, classes and intensities are the model's.
+
+    Seed and columns are those of the training unless others are given: on them depends which images are in which part,
+    and a test part drawn in another way would hold training images.
 
     Args:
         description: of the model.
         dataset_dir: as in training.
-        options: columns and seed of :func:`~monai_jointdiff.data.open_source`.
+        options: columns and seed of :func:`~monai_jointdiff.data.open_source`; None takes the training's.
 
     Returns:
         the data set.
@@ -81,7 +100,8 @@ def source_of_model(description: ModelDescription, dataset_dir: str | int | None
     """
     data = description.data
     fixed = {key: data[key] for key in _OF_THE_MODEL}
-    source = open_source(dataset_dir, **fixed, **options)
+    given = {key: value for key, value in options.items() if value is not None}
+    source = open_source(dataset_dir, **fixed, **{**data.get("opened_with", {}), **given})
     if source.multi_label != description.multi_label:
         kinds = {True: "several labels", False: "one class"}
         raise ValueError(
@@ -92,7 +112,7 @@ def source_of_model(description: ModelDescription, dataset_dir: str | int | None
 
 
 def images_to_classify(
-    dataset_dir: str | int | None, description: ModelDescription, seed: int = 0
+    dataset_dir: str | int | None, description: ModelDescription, seed: int | None = None
 ) -> list[dict[Hashable, Any]]:
     """Items to classify, whose labels are not asked for.
 
@@ -100,7 +120,7 @@ def images_to_classify(
         dataset_dir: an image file; a folder, with all image files in it and its sub-folders; what :func:`open_source`
             takes otherwise (its test part).
         description: of the model.
-        seed: of the phantoms.
+        seed: of the phantoms; None: that of the training.
 
     Returns:
         items with `image`, `label` (missing, for files) and `name`, the path relative to the folder.
@@ -118,17 +138,18 @@ def images_to_classify(
     return [{"image": file, "label": missing, "name": file.relative_to(folder).as_posix()} for file in files]
 
 
-def preprocessing_of_model(description: ModelDescription, seed: int = 0) -> Compose:
+def preprocessing_of_model(description: ModelDescription, seed: int | None = None) -> Compose:
     """The model's own way from an item to its input.
 
     Args:
         description: holds size, channels and intensity rule.
-        seed: of the phantoms, for items that are numbers of phantoms.
+        seed: of the phantoms, for items that are numbers of phantoms; None: that of the training.
 
     Returns:
         a transform of items.
     """
     data = description.data
+    seed = data.get("opened_with", {}).get("seed", 0) if seed is None else seed
     phantoms = ChestPhantoms(data["spatial_dims"], data["image_size"], seed)
     return Compose([PrepareItem(ImagePreprocessing.from_description(data), phantoms)])
 
@@ -152,19 +173,29 @@ def noise_items(count: int, image_shape: Sequence[int], seed: int) -> list[dict[
     return [{"image": noise_of_draws([n], image_shape, seed)[0], "name": f"sample_{n:05d}"} for n in range(count)]
 
 
-def announce_model(description: ModelDescription, items: Sized, ckpt_dir: str | Path, output_dir: str | Path) -> None:
+def announce_model(
+    description: ModelDescription,
+    dataset_dir: str | int | None,
+    items: Sized,
+    ckpt_dir: str | Path,
+    output_dir: str | Path,
+) -> None:
     """Say what will be classified, with which model, and where the results go.
 
     Args:
         description: of the model.
+        dataset_dir: as the user gave it; None: phantoms.
         items: the images.
         ckpt_dir: folder of the model.
         output_dir: folder for the results.
     """
-    state = "trained" if description.trained else "UNTRAINED"
+    trained = description.trained and (Path(ckpt_dir) / "model.pt").is_file()
+    state = "trained" if trained else "UNTRAINED"
+    origin = "the phantoms' test part (no --dataset_dir)" if dataset_dir is None else str(dataset_dir)
     size = " x ".join(map(str, description.image_size))
     print(
-        f"images: {len(items)}\nmodel: {ckpt_dir} ({state}; {size}; classes {', '.join(description.class_names)})\n"
+        f"data: {origin}, {len(items)} images\n"
+        f"model: {ckpt_dir} ({state}; {size}; classes {', '.join(description.class_names)})\n"
         f"decision: {description.decision}\nresults: {output_dir}",
         flush=True,
     )

@@ -174,8 +174,10 @@ class RepresentationGuidance(Guidance):
 
     ``r <- r - scale d CE(head(r), target) / d r`` for every map r of the encoder and the middle block of x_t, as in
     JointDiffusion ("sampling with optimized representations"). The paper descends; its published code adds the
-    gradient, which moves away from the target. Since the head averages every map over its pixels, the gradient of one
-    pixel is small and useful scales are large (1000 in the published code).
+    gradient, which moves away from the target. A head that averages every map over its pixels gives one pixel a small
+    gradient, and useful scales are large (1000 in the published code). The default head ``standardized`` also takes
+    maxima, whose gradient meets single pixels undivided, and knows the statistics of clean images only: on noisy maps
+    its logits are far out. For this rule train with ``head="mediffusion"``, or guide by :py:class:`ClassifierGuidance`.
 
     One guided step costs one call of the network and a backward pass of the head alone.
 

@@ -74,7 +74,7 @@ class TestPhantoms(unittest.TestCase):
 
     def test_defaults(self) -> None:
         source = open_source()
-        self.assertEqual([len(source.part(part)) for part in ("train", "val", "test")], [2000, 300, 600])
+        self.assertEqual([len(source.part(part)) for part in ("train", "val", "test")], [6000, 300, 600])
         self.assertEqual((source.image_size, source.in_channels, source.num_classes), ((32, 32), 1, 3))
         source.preflight()
 

@@ -35,6 +35,7 @@ from monai_jointdiff.engines import (
     noise_of_draws,
     preprocessing_of_model,
     source_of_model,
+    start_model,
 )
 from monai_jointdiff.visualize import save_png
 from tests.bundles.runs import temporary_folder
@@ -126,6 +127,21 @@ class TestData(unittest.TestCase):
             source_of_model(phantom_model(), "nowhere")
 
 
+class TestPartsOfTheModel(unittest.TestCase):
+    def test_are_those_of_the_training(self) -> None:
+        folder = temporary_folder(self)
+        images = np.random.default_rng(0).integers(0, 255, (40, 8, 8)).astype(np.uint8)
+        np.savez(folder / "x.npz", train_images=images, train_labels=np.arange(40) % 2)
+        trained = open_source(str(folder / "x.npz"), seed=5)
+        model = replace(phantom_model(), data=trained.description())
+        for part in ("train", "val", "test"):
+            names = [item["name"] for item in trained.part(part)]
+            found = source_of_model(model, str(folder / "x.npz"), label_column=None)
+            self.assertEqual([item["name"] for item in found.part(part)], names)
+        other = source_of_model(model, str(folder / "x.npz"), seed=6)
+        self.assertNotEqual([item["name"] for item in other.part("test")], names)
+
+
 class TestImagesToClassify(unittest.TestCase):
     def test_folder_and_file(self) -> None:
         folder = temporary_folder(self)
@@ -151,7 +167,7 @@ class TestImagesToClassify(unittest.TestCase):
         self.assertEqual(int(prepared["label"]), -1)
 
     def test_phantoms_and_npz_give_their_test_part(self) -> None:
-        self.assertEqual(len(images_to_classify(None, phantom_model())), 600)
+        self.assertEqual(images_to_classify(None, phantom_model()), open_source(phantom_counts=COUNTS).part("test"))
         folder = temporary_folder(self)
         images = np.zeros((5, 8, 8), np.uint8)
         np.savez(folder / "x.npz", train_images=images, test_images=images[:2])
@@ -182,9 +198,23 @@ class TestAnnounce(unittest.TestCase):
     def test_says_what_is_used(self, trained: bool, state: str) -> None:
         text = io.StringIO()
         with contextlib.redirect_stdout(text):
-            announce_model(replace(phantom_model(), trained=trained), range(3), "a/models", "a/output")
-        for part in ("images: 3", "model: a/models", state, "8 x 8", "normal, opacity, effusion", "results: a/output"):
+            folder = temporary_folder(self)
+            if trained:
+                (folder / "model.pt").touch()
+            announce_model(phantom_model(), "my_images", range(3), folder, "a/output")
+        parts = ("my_images, 3 images", f"model: {folder}", state, "8 x 8", "normal, opacity, effusion")
+        for part in (*parts, "results: a/output"):
             self.assertIn(part, text.getvalue())
+
+
+class TestStartModel(unittest.TestCase):
+    def test_removes_old_weights_unless_resumed(self) -> None:
+        folder = temporary_folder(self)
+        for resume, stays in (("checkpoint.pt", True), (None, False)):
+            (folder / "model.pt").touch()
+            start_model(phantom_model(), folder, resume)
+            self.assertEqual((folder / "model.pt").exists(), stays)
+            self.assertEqual(ModelDescription.load(folder / "model.json"), phantom_model())
 
 
 if __name__ == "__main__":

@@ -97,7 +97,7 @@ class TestExponentialMovingAverage(unittest.TestCase):
         network.train()
         network(torch.randn(8, 1).double() + 3)  # moves the running mean
         average.update(1)
-        # like the weights, the running mean goes from its initial 0 by 1 - d toward the present one; counters are copied
+        # like the weights the running mean goes from its initial 0 toward the present one; counters are copied
         expected = (1 - average.decay_at(1)) * network[1].running_mean
         torch.testing.assert_close(average.ema_model[1].running_mean, expected)
         self.assertEqual(average.ema_model[1].num_batches_tracked, network[1].num_batches_tracked)
