@@ -203,23 +203,33 @@ def comparison(store: CellStore, seeds: Sequence[int]) -> list[dict[str, Any]]:
     return rows
 
 
-def tables(store: CellStore, seeds: Sequence[int], floor: Mapping[str, float], settings: Mapping[str, Any]) -> None:
-    """Write the result files: the figures of each method, and the comparison with its verdicts."""
+def tables(store: CellStore, floor: Mapping[str, float], settings: Mapping[str, Any]) -> None:
+    """Write the result files: the figures of each method, and the comparison with its verdicts.
+
+    Seeds of which a method has not been measured are left out, and the notes say how many remain.
+    """
+    seeds = [seed for seed in SEEDS if all(store.get(Cell(DATA, method, seed)) for method in METHODS)]
+    if not seeds:
+        print("no seed has all its cells yet: no table")
+        return
     rows: list[dict[str, Any]] = []
     for method in METHODS:
-        values = [found for seed in seeds if (found := store.get(Cell(DATA, method, seed))) is not None]
-        names = [name for name in values[0] if name != "threshold"] if values else []
+        values = [store.get(Cell(DATA, method, seed)) or {} for seed in seeds]
+        names = [name for name in values[0] if name != "threshold"]
         rows.append({"method": method, **{name: mean_interval([v[name] for v in values]) for name in names}})
     rows.append({"method": "real training images (floor)", **floor})
+    measured = f"{len(seeds)} of {len(SEEDS)} seeds measured; mean and 95 % t-interval where there are several."
     notes = [
-        f"{len(seeds)} seeds, mean and 95 % t-interval; {settings['epochs']} epochs of {settings['optimizer']}.",
+        f"{measured} {settings['epochs']} epochs of {settings['optimizer']}, {settings['threads']} thread(s) each.",
         "Weights by the lowest validation loss; the threshold has the best balanced accuracy on the validation part.",
         f"Distances: {settings['samples']} samples, {STEPS} steps of DPM-Solver++, against the 624 test images.",
+        "Targets of the joint model, mean over 3 seeds: AUC at least 0.980, accuracy at least 0.89.",
     ]
-    write_result("pneumonia", "PneumoniaMNIST, 28 px", rows, notes=notes)
-    if all(store.get(Cell(DATA, method, seed)) for method in METHODS for seed in seeds):
-        title = "One network for both tasks against one network for each"
-        write_result("joint_vs_single", title, comparison(store, seeds), notes="Margins fixed before the first run.")
+    environment = json.loads(store.path(Cell(DATA, "joint", seeds[0])).read_text(encoding="utf-8"))["environment"]
+    write_result("pneumonia", "PneumoniaMNIST, 28 px", rows, notes=notes, environment=environment)
+    title = "One network for both tasks against one network for each"
+    notes = [measured, "Margins fixed before the first run."]
+    write_result("joint_vs_single", title, comparison(store, seeds), notes=notes, environment=environment)
 
 
 def main() -> None:
@@ -242,7 +252,7 @@ def main() -> None:
     judge = Judge(DATA, options.work, samples)
     store.run_missing(cells, lambda cell: measure(cell, judge, options.work, epochs))
     if not options.quick:
-        tables(store, seeds, judge.floor(), settings)
+        tables(store, judge.floor(), settings)
 
 
 if __name__ == "__main__":
