@@ -34,7 +34,7 @@ from monai_jointdiff.metrics import macro_auc
 
 DATA = "kermany_cxr_64"
 MINUTES = 17.0  # of training; reading, validation and report come on top
-PROBE = 2  # epochs of the CNN from which the number that fits into the time is found
+PROBE = 1  # epochs of the CNN from which the number that fits into the time is found
 
 
 def joint(work: Path, minutes: float) -> dict[str, Any]:

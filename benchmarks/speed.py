@@ -350,6 +350,7 @@ def ratio_notes(seconds: Mapping[str, Sequence[float]]) -> list[str]:
         best = faster(variants, seconds)
         ratio = statistics.median(seconds[best.label]) / ours
         notes.append(f"Against {name}, in its faster attention ({best.attention}): {ratio:.2f} x.")
+    notes.append("Target: at least 2 x against the first of these.")
     return [*notes, "Values are medians over interleaved repeats, in brackets the quartiles."]
 
 
