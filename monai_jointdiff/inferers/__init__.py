@@ -8,16 +8,24 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What is asked of a joint diffusion network: a training forward, a class, a sample, guided or not."""
+"""What is asked of a joint diffusion network: a training forward, a class, a sample, a counterfactual."""
 
 from __future__ import annotations
 
 from .chain import Parametrization, ReverseChain
+from .counterfactual import ENCODINGS, RULES, CounterfactualInferer
+from .explanation import CounterfactualQuestion, CounterfactualRecord, CounterfactualResult
 from .guidance import ClassifierGuidance, Guidance, GuidanceStep, RepresentationGuidance
 from .joint import JointDiffusionInferer, SampleResult, StepInfo
 
 __all__ = [
+    "ENCODINGS",
+    "RULES",
     "ClassifierGuidance",
+    "CounterfactualInferer",
+    "CounterfactualQuestion",
+    "CounterfactualRecord",
+    "CounterfactualResult",
     "Guidance",
     "GuidanceStep",
     "JointDiffusionInferer",

@@ -96,12 +96,12 @@ class Denoiser:
                 f"got {labels.tolist()}."
             )
 
-    def check_guidance(self, batch_size: int, guidance_scale: float, guidance: Guidance | None) -> None:
+    def check_guidance(self, batch_size: int, guidance_scale: float | torch.Tensor, guidance: Guidance | None) -> None:
         """Compares the guidance asked for with the network and its condition.
 
         Args:
             batch_size: number of images N.
-            guidance_scale: scale of classifier-free guidance.
+            guidance_scale: scale of classifier-free guidance, one number or one per image (N,).
             guidance: rule, or None.
 
         Raises:
@@ -109,9 +109,10 @@ class Denoiser:
             TypeError: when the network lacks what the guidance needs.
             RuntimeError: when a rule needs gradients within ``torch.inference_mode``.
         """
-        if guidance_scale not in (0.0, 1.0) and self.labels is None:
+        plainly = _is(guidance_scale, 0.0) or _is(guidance_scale, 1.0)
+        if not plainly and self.labels is None:
             raise ValueError(f"JointDiffusionInferer: guidance_scale={guidance_scale} needs class_labels.")
-        if guidance_scale != 1.0 and self.labels is not None and self.num_classes is None:
+        if not _is(guidance_scale, 1.0) and self.labels is not None and self.num_classes is None:
             raise TypeError(
                 f"JointDiffusionInferer: guidance_scale={guidance_scale} needs a network with a null class "
                 f"(JointDiffusionUNet), got {self.name}."
@@ -131,7 +132,7 @@ class Denoiser:
         chain: ReverseChain,
         index: int,
         sample: torch.Tensor,
-        guidance_scale: float = 1.0,
+        guidance_scale: float | torch.Tensor = 1.0,
         guidance: Guidance | None = None,
     ) -> torch.Tensor:
         """The model output (N, C, *spatial) at a step of a chain.
@@ -140,7 +141,7 @@ class Denoiser:
             chain: the chain.
             index: which step, counted from 0.
             sample: sample (N, C, *spatial) of the chain before the step.
-            guidance_scale: scale of classifier-free guidance.
+            guidance_scale: scale of classifier-free guidance, one number or one per image (N,).
             guidance: rule, or None.
 
         Returns:
@@ -158,27 +159,33 @@ class Denoiser:
         return guidance(GuidanceStep(x_t, parametrization, predict, self.classify, self.head, self.multi_label))
 
     def predict(
-        self, sample: torch.Tensor, timestep: float, guidance_scale: float = 1.0, edit: Edit | None = None
+        self,
+        sample: torch.Tensor,
+        timestep: float,
+        guidance_scale: float | torch.Tensor = 1.0,
+        edit: Edit | None = None,
     ) -> torch.Tensor:
         """The model output for x_t, ``null + guidance_scale (conditional - null)``.
 
         Args:
             sample: x_t (N, C, *spatial).
             timestep: timestep of all images.
-            guidance_scale: scale of classifier-free guidance.
+            guidance_scale: scale of classifier-free guidance, one number or one per image (N,).
             edit: changes the encoder's maps before the decoder sees them.
 
         Returns:
             Model output (N, C, *spatial), float32.
         """
-        if self.labels is None or guidance_scale == 1.0:
+        if self.labels is None or _is(guidance_scale, 1.0):
             return self._forward(sample, timestep, self.labels, self.context, edit)
         null = torch.full_like(self.labels, -1 if self.multi_label else self.num_classes)  # type: ignore[arg-type]
-        if guidance_scale == 0.0:
+        if _is(guidance_scale, 0.0):
             return self._forward(sample, timestep, null, self.context, edit)
         context = None if self.context is None else torch.cat([self.context, self.context])
         both = self._forward(torch.cat([sample, sample]), timestep, torch.cat([self.labels, null]), context, edit)
         conditional, unconditional = both.chunk(2)
+        if isinstance(guidance_scale, torch.Tensor):
+            guidance_scale = guidance_scale.to(sample).reshape(-1, *[1] * (sample.ndim - 1))
         return unconditional + guidance_scale * (conditional - unconditional)
 
     def classify(self, images: torch.Tensor) -> torch.Tensor:
@@ -207,6 +214,11 @@ class Denoiser:
                 return at_least_float32(self.network(sample, timesteps, **condition))
             features = self.bare.encode(sample, timesteps, **condition)
             return at_least_float32(self.bare.decode(edit(features)))
+
+
+def _is(guidance_scale: float | torch.Tensor, value: float) -> bool:
+    """Whether one number for all images has this value."""
+    return not isinstance(guidance_scale, torch.Tensor) and guidance_scale == value
 
 
 def classify(images: torch.Tensor, network: nn.Module, autocast_dtype: torch.dtype | None = None) -> torch.Tensor:

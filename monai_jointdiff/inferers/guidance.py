@@ -60,8 +60,10 @@ class Guidance(ABC):
 
     Args:
         target: class to move toward, one index or one per image (N,). In a multi-label network, the label to change.
-        scale: strength; 0 leaves the prediction as it is, a negative one moves away from the target.
-        enforce: in a multi-label network, True makes the label present and False absent; the other labels are free.
+        scale: strength, one number or one per image (N,); 0 leaves the prediction as it is, a negative one moves away
+            from the target.
+        enforce: in a multi-label network, True makes the label present and False absent, one for all images or one
+            per image (N,); the other labels are free.
             A multi-class network knows True only.
 
     Raises:
@@ -71,10 +73,15 @@ class Guidance(ABC):
     requires: tuple[str, ...] = ("num_classes",)
     """What the network must have for the rule."""
 
-    def __init__(self, target: int | Sequence[int] | torch.Tensor, scale: float = 1.0, enforce: bool = True) -> None:
+    def __init__(
+        self,
+        target: int | Sequence[int] | torch.Tensor,
+        scale: float | torch.Tensor = 1.0,
+        enforce: bool | torch.Tensor = True,
+    ) -> None:
         self.target = torch.as_tensor(target)
-        self.scale = scale
-        self.enforce = enforce
+        self.scale = torch.as_tensor(scale, dtype=torch.float64)
+        self.enforce = torch.as_tensor(enforce, dtype=torch.bool)
         if self.target.is_floating_point() or self.target.dtype == torch.bool or self.target.ndim > 1:
             raise ValueError(
                 f"{type(self).__name__}: target must be a class index or indices of shape (N,), "
@@ -105,14 +112,16 @@ class Guidance(ABC):
                 be removed.
         """
         name = type(self).__name__
-        if self.target.ndim == 1 and len(self.target) != batch_size:
-            raise ValueError(f"{name}: {len(self.target)} targets for {batch_size} images.")
+        given = (("targets", self.target), ("scales", self.scale), ("values of enforce", self.enforce))
+        for what, values in given:
+            if values.ndim > 1 or (values.ndim == 1 and len(values) != batch_size):
+                raise ValueError(f"{name}: {what} of shape {tuple(values.shape)} for {batch_size} images.")
         if bool(((self.target < 0) | (self.target >= num_classes)).any()):
             raise ValueError(
                 f"{name}: target must lie in [0, {num_classes - 1}], the network has {num_classes} classes, "
                 f"got {self.target.tolist()}."
             )
-        if not multi_label and not self.enforce:
+        if not multi_label and not bool(self.enforce.all()):
             raise ValueError(f"{name}: enforce=False needs a multi-label network; choose another target class instead.")
 
     def loss(self, logits: torch.Tensor, multi_label: bool) -> torch.Tensor:
@@ -125,12 +134,17 @@ class Guidance(ABC):
         Returns:
             ``sum -log softmax(logits)[target]``, or ``sum BCE(logits[target], enforce)`` when multi-label; a scalar.
         """
-        targets = self.target.to(logits.device, torch.int64).expand(1 if self.target.ndim == 0 else -1)
-        targets = targets.repeat(len(logits) // len(targets))  # (M,)
+        targets = _for_each(self.target, logits).to(torch.int64)  # (M, 1)
         if not multi_label:
-            return F.cross_entropy(logits, targets, reduction="sum")
-        chosen = logits.gather(1, targets[:, None])  # (M, 1)
-        return F.binary_cross_entropy_with_logits(chosen, torch.full_like(chosen, float(self.enforce)), reduction="sum")
+            return F.cross_entropy(logits, targets[:, 0], reduction="sum")
+        chosen = logits.gather(1, targets)  # (M, 1)
+        return F.binary_cross_entropy_with_logits(chosen, _for_each(self.enforce, logits).to(chosen), reduction="sum")
+
+
+def _for_each(values: torch.Tensor, batch: torch.Tensor) -> torch.Tensor:
+    """One value, or one per image (N,), for a batch (M, ...) that holds the images M / N times: (M, 1, ...)."""
+    values = values.to(batch.device).reshape(-1)
+    return values.repeat(len(batch) // len(values)).reshape(-1, *[1] * (batch.ndim - 1))
 
 
 class ClassifierGuidance(Guidance):
@@ -148,8 +162,10 @@ class ClassifierGuidance(Guidance):
 
     Args:
         target: class to move toward, one index or one per image (N,). In a multi-label network, the label to change.
-        scale: strength; 0 leaves the prediction as it is, a negative one moves away from the target.
-        enforce: in a multi-label network, True makes the label present and False absent; the other labels are free.
+        scale: strength, one number or one per image (N,); 0 leaves the prediction as it is, a negative one moves away
+            from the target.
+        enforce: in a multi-label network, True makes the label present and False absent, one for all images or one
+            per image (N,); the other labels are free.
 
     Example:
 
@@ -165,7 +181,7 @@ class ClassifierGuidance(Guidance):
             output = step.predict(x_t)
             logits = step.classify(step.parametrization.predict_original(output, x_t))
             (gradient,) = torch.autograd.grad(self.loss(logits, step.multi_label), x_t)  # (N, C, *spatial)
-        change = self.scale * step.parametrization.sigma * gradient
+        change = _for_each(self.scale.to(gradient.dtype), gradient) * step.parametrization.sigma * gradient
         return step.parametrization.shift_epsilon(output.detach(), change)
 
 
@@ -186,8 +202,10 @@ class RepresentationGuidance(Guidance):
 
     Args:
         target: class to move toward, one index or one per image (N,). In a multi-label network, the label to change.
-        scale: strength; 0 leaves the prediction as it is, a negative one moves away from the target.
-        enforce: in a multi-label network, True makes the label present and False absent; the other labels are free.
+        scale: strength, one number or one per image (N,); 0 leaves the prediction as it is, a negative one moves away
+            from the target.
+        enforce: in a multi-label network, True makes the label present and False absent, one for all images or one
+            per image (N,); the other labels are free.
     """
 
     requires = ("num_classes", "encode", "decode", "head")
@@ -215,5 +233,5 @@ class RepresentationGuidance(Guidance):
             maps = [m.detach().requires_grad_() for m in (*features.skips, features.middle)]
             loss = self.loss(head(features._replace(skips=maps[:-1], middle=maps[-1])), multi_label)
             gradients = torch.autograd.grad(loss, maps)
-        moved = [m.detach() - self.scale * g for m, g in zip(maps, gradients, strict=True)]
+        moved = [m.detach() - _for_each(self.scale.to(m.dtype), m) * g for m, g in zip(maps, gradients, strict=True)]
         return features._replace(skips=moved[:-1], middle=moved[-1])

@@ -281,7 +281,7 @@ class TestAnyRule(unittest.TestCase):
         [
             ("unknown", {"target": 3}, r"target must lie in \[0, 2\], the network has 3 classes, got 3"),
             ("negative", {"target": -1}, r"target must lie in \[0, 2\]"),
-            ("count", {"target": [0, 1]}, "2 targets for 3 images"),
+            ("count", {"target": [0, 1]}, "targets of shape \\(2,\\) for 3 images"),
             ("remove", {"target": 1, "enforce": False}, "enforce=False needs a multi-label network"),
         ]
     )

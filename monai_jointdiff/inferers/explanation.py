@@ -1,0 +1,233 @@
+# Copyright (c) MONAI-JointDiff Contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What is asked of a counterfactual, and what comes back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+__all__ = ["CounterfactualQuestion", "CounterfactualRecord", "CounterfactualResult"]
+
+
+@dataclass(frozen=True)
+class CounterfactualQuestion:
+    """What the network should say of each image instead.
+
+    Args:
+        target: class to move to, or in a multi-label network the label to change, (N,) int64.
+        enforce: multi-label: True makes the label present, False absent; (N,) bool. All True in a multi-class network.
+        multi_label: whether the classes are independent labels.
+    """
+
+    target: torch.Tensor
+    enforce: torch.Tensor
+    multi_label: bool
+
+    @classmethod
+    def of(
+        cls,
+        probabilities: torch.Tensor,
+        target: int | Sequence[int] | torch.Tensor | None,
+        enforce: bool | Sequence[bool] | torch.Tensor | None,
+        multi_label: bool,
+    ) -> CounterfactualQuestion:
+        """The question in full, from what the network says now.
+
+        ====================== ======================================= ==========================================
+        request                multi-class                             multi-label
+        ====================== ======================================= ==========================================
+        target None            most probable class but the predicted   refused: name the label
+        target c, enforce True class c                                 label c present
+        enforce False          most probable class but c               label c absent
+        enforce None           as True                                 label c absent if it is present now
+                                                                       (probability of at least .5), else present
+        ====================== ======================================= ==========================================
+
+        Args:
+            probabilities: of the images now, (N, K).
+            target: class or label, one for all images or one per image; None for another class.
+            enforce: whether the target is to be present; one for all images or one per image; None: see above.
+            multi_label: whether the classes are independent labels.
+
+        Returns:
+            The question, one target per image, on the device of the probabilities.
+
+        Raises:
+            ValueError: when a target is unknown, the number of targets wrong, or a label is not named.
+        """
+        number, num_classes = probabilities.shape
+        device = probabilities.device
+        wanted = None if enforce is None else _spread(torch.as_tensor(enforce, dtype=torch.bool), number, device)
+        if target is None:
+            if multi_label or (wanted is not None and not bool(wanted.all())):
+                raise ValueError(
+                    "CounterfactualInferer: name the target: without one, a multi-class image goes to another class."
+                )
+            return cls(_best_but(probabilities, probabilities.argmax(1)), _all(number, device), False)
+        chosen = torch.as_tensor(target)
+        if chosen.is_floating_point() or chosen.dtype == torch.bool:
+            raise ValueError(f"CounterfactualInferer: target must be a class index or indices, got {chosen.dtype}.")
+        chosen = _spread(chosen.long(), number, device)
+        if bool(((chosen < 0) | (chosen >= num_classes)).any()):
+            raise ValueError(
+                f"CounterfactualInferer: target must lie in [0, {num_classes - 1}], the network has {num_classes} "
+                f"classes, got {chosen.tolist()}."
+            )
+        if multi_label:
+            present = probabilities.gather(1, chosen[:, None])[:, 0] >= 0.5
+            return cls(chosen, ~present if wanted is None else wanted, True)
+        if wanted is not None:
+            chosen = torch.where(wanted, chosen, _best_but(probabilities, chosen))
+        return cls(chosen, _all(number, device), False)
+
+    def probability(self, probabilities: torch.Tensor) -> torch.Tensor:
+        """How probable the wanted answer is.
+
+        Args:
+            probabilities: (N, K).
+
+        Returns:
+            (N,): that of the target, or one minus it where the target is to be absent.
+        """
+        chosen = probabilities.gather(1, self.target[:, None])[:, 0]
+        return torch.where(self.enforce, chosen, 1 - chosen)
+
+    def select(self, index: torch.Tensor) -> CounterfactualQuestion:
+        """The question for some of the images.
+
+        Args:
+            index: indices or mask.
+
+        Returns:
+            The same question for those.
+        """
+        return CounterfactualQuestion(self.target[index], self.enforce[index], self.multi_label)
+
+    def class_labels(self, num_classes: int) -> torch.Tensor:
+        """The answer as the condition of a class-conditional network.
+
+        Args:
+            num_classes: K.
+
+        Returns:
+            (N,) classes; multi-label (N, K), the target 0 or 1 and all other labels -1, unknown.
+        """
+        if not self.multi_label:
+            return self.target
+        labels = torch.full((len(self.target), num_classes), -1, device=self.target.device)
+        return labels.scatter(1, self.target[:, None], self.enforce.long()[:, None])
+
+
+def _best_but(probabilities: torch.Tensor, left_out: torch.Tensor) -> torch.Tensor:
+    """Most probable class (N,) other than the one left out (N,)."""
+    return probabilities.scatter(1, left_out[:, None], -1.0).argmax(1)
+
+
+def _spread(values: torch.Tensor, number: int, device: torch.device) -> torch.Tensor:
+    """One value per image, (N,)."""
+    if values.ndim > 1 or (values.ndim == 1 and len(values) != number):
+        raise ValueError(
+            f"CounterfactualInferer: one target for all images or one for each of {number} expected, "
+            f"got shape {tuple(values.shape)}."
+        )
+    return values.to(device).expand(number)
+
+
+def _all(number: int, device: torch.device) -> torch.Tensor:
+    return torch.ones(number, dtype=torch.bool, device=device)
+
+
+@dataclass(frozen=True)
+class CounterfactualRecord:
+    """Everything that is needed to make the counterfactuals of a batch again, bit for bit, from the same inputs.
+
+    Args:
+        target: class or label of each image.
+        enforce: whether it was to be present, for each image.
+        scale: strength of the rule for each image.
+        rule: the guidance rule.
+        encoding: how the images were encoded.
+        inversion_iterations: network calls per step of the inversion.
+        seeds: of the noise of each image.
+        timesteps: grid, from the noisiest timestep to 0.
+        region: where change was allowed, bool (N, 1, *spatial) of the space that is diffused; None: everywhere.
+    """
+
+    target: tuple[int, ...]
+    enforce: tuple[bool, ...]
+    scale: tuple[float, ...]
+    rule: str
+    encoding: str
+    inversion_iterations: int
+    seeds: tuple[int, ...]
+    timesteps: tuple[int, ...]
+    region: torch.Tensor | None
+
+    def of_image(self, index: int) -> dict[str, Any]:
+        """The record of one image, ready for JSON; of the region only whether there was one.
+
+        Args:
+            index: of the image in the batch.
+
+        Returns:
+            plain numbers, texts and lists.
+        """
+        return {
+            "target": self.target[index],
+            "enforce": self.enforce[index],
+            "scale": self.scale[index],
+            "rule": self.rule,
+            "encoding": self.encoding,
+            "inversion_iterations": self.inversion_iterations,
+            "seed": self.seeds[index],
+            "timesteps": list(self.timesteps),
+            "confined": self.region is not None,
+        }
+
+
+@dataclass(frozen=True)
+class CounterfactualResult:
+    """Images, what would have to change in them for another answer, and what it took.
+
+    Images are MetaTensors where the input was one; all are in [-1, 1] up to what the network adds.
+
+    Args:
+        image: the input (N, C, *spatial).
+        counterfactual: what the image would look like (N, C, *spatial).
+        reconstruction: the factual reconstruction (N, C, *spatial): the same chain without guidance.
+        difference: counterfactual minus factual reconstruction, signed (N, C, *spatial). What encoding and decoding
+            alone do to an image is thus not taken for a change.
+        region: where change was allowed, bool (N, 1, *spatial); None: everywhere.
+        probabilities: of the input, by the network's head (N, K).
+        probabilities_reconstruction: of the factual reconstruction (N, K).
+        probabilities_counterfactual: of the counterfactual (N, K).
+        reached: whether the wanted answer is as probable as was asked for, bool (N,).
+        network_calls: calls of the network or of its encoder per image, mean over the batch.
+        seconds: wall time of the batch.
+        record: to make them again.
+    """
+
+    image: torch.Tensor
+    counterfactual: torch.Tensor
+    reconstruction: torch.Tensor
+    difference: torch.Tensor
+    region: torch.Tensor | None
+    probabilities: torch.Tensor
+    probabilities_reconstruction: torch.Tensor
+    probabilities_counterfactual: torch.Tensor
+    reached: torch.Tensor
+    network_calls: float
+    seconds: float
+    record: CounterfactualRecord

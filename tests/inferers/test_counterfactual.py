@@ -1,0 +1,370 @@
+# Copyright (c) MONAI-JointDiff Contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+from __future__ import annotations
+
+import json
+import unittest
+from typing import Any
+
+import torch
+from monai.data import MetaTensor
+from parameterized import parameterized
+from torch import nn
+
+from monai_jointdiff.inferers import (
+    ClassifierGuidance,
+    CounterfactualInferer,
+    CounterfactualQuestion,
+    JointDiffusionInferer,
+)
+from monai_jointdiff.inferers.counterfactual import most_changed
+from monai_jointdiff.networks import JointDiffusionUNet
+from monai_jointdiff.schedulers import AncestralScheduler, DDIMGridScheduler
+from tests.inferers.utils import tiny_unet
+
+STD = 0.5
+
+
+class TwoGaussians(nn.Module):
+    """Images of class c are N(mean_c, STD^2), of the null class N(0, STD^2); every answer in closed form.
+
+    With class conditioning of scale 1, the probability flow keeps the standardized image: an image x that was encoded
+    under the null class comes back as x + mean_c.
+    """
+
+    num_classes, class_conditional, multi_label = 2, True, False
+
+    def __init__(self, scheduler: DDIMGridScheduler, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.scheduler = scheduler
+        pattern = torch.zeros(shape, dtype=torch.float64)
+        pattern[:, : shape[1] // 2] = 0.4
+        self.means = torch.stack([-pattern, pattern, torch.zeros_like(pattern)])
+        self.scaling = nn.Parameter(torch.ones(()))  # something that could get a gradient
+
+    def forward(self, x: torch.Tensor, timesteps: Any = None, class_labels: Any = None) -> torch.Tensor:
+        if timesteps is None:  # log densities of the classes
+            return -torch.stack([(x - m).square().flatten(1).sum(1) for m in self.means[:2]], dim=1) / (2 * STD**2)
+        labels = torch.full((len(x),), 2) if class_labels is None else class_labels
+        mean = self.means[labels].to(x)
+        alpha, sigma = self.scheduler.alpha_sigma(timesteps, x)
+        epsilon = sigma * (x - alpha * mean) / (alpha**2 * STD**2 + sigma**2)
+        return self.scheduler.model_output_from_epsilon(epsilon, timesteps, x) * self.scaling
+
+
+def toy(shape: tuple[int, ...], number: int = 3) -> tuple[DDIMGridScheduler, TwoGaussians, torch.Tensor]:
+    """Scheduler, network, and images of class 0."""
+    scheduler = DDIMGridScheduler(prediction_type="v_prediction")
+    network = TwoGaussians(scheduler, shape)
+    noise = torch.randn(number, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    return scheduler, network, network.means[0] + 0.1 * noise
+
+
+class TestClosedForm(unittest.TestCase):
+    @parameterized.expand([("2d", (1, 8, 6)), ("3d", (2, 4, 6, 5))])
+    def test_class_free_counterfactual_is_the_image_moved_by_the_mean(self, _: str, shape: tuple[int, ...]) -> None:
+        scheduler, network, images = toy(shape)
+        inferer = CounterfactualInferer(
+            scheduler, rule="class_free", timestep=900, num_inference_steps=300, scale=1.0, probability=None
+        )
+        result = inferer(images, network, target=1)
+        torch.testing.assert_close(result.reconstruction, images, atol=1e-3, rtol=0)
+        torch.testing.assert_close(result.counterfactual, images + network.means[1], atol=2e-2, rtol=0)
+        torch.testing.assert_close(result.difference, result.counterfactual - result.reconstruction)
+        expected = network(result.counterfactual).softmax(1)
+        torch.testing.assert_close(result.probabilities_counterfactual, expected)
+        torch.testing.assert_close(result.probabilities, network(images).softmax(1))
+
+    def test_more_iterations_of_the_inversion_come_closer_to_the_image(self) -> None:
+        scheduler, network, images = toy((1, 8, 6))
+        errors, calls = [], []
+        for iterations in (1, 2, 5):
+            inferer = CounterfactualInferer(
+                scheduler, num_inference_steps=10, inversion_iterations=iterations, scale=1.0, probability=None
+            )
+            result = inferer(images, network)
+            errors.append(float((result.reconstruction - images).abs().max()))
+            calls.append(result.network_calls)
+        self.assertGreater(errors[0], 5 * errors[1])
+        self.assertGreater(errors[1], 5 * errors[2])
+        # classify 3 times, encode, come back unguided; guided steps classify x0_hat, too
+        self.assertEqual(calls[1], 3 + 2 * 10 + 10 + 2 * 10)
+
+    @parameterized.expand([("classifier",), ("class_free",)])
+    def test_search_finds_the_smallest_strength_of_each_image(self, rule: str) -> None:
+        scheduler, network, images = toy((1, 4, 4), number=4)
+        images = images * torch.tensor([0.2, 0.6, 1.0, 1.4]).reshape(4, 1, 1, 1)  # the farther, the stronger
+        options = {"rule": rule, "timestep": 600, "num_inference_steps": 12}
+        inferer = CounterfactualInferer(scheduler, **options, probability=0.8, precision=1.1, max_trials=20)
+        result = inferer(images, network, target=1)
+        scale = torch.tensor(result.record.scale)
+        self.assertTrue(bool(result.reached.all()))
+        self.assertTrue(bool((scale.diff() > 0).all()), scale)
+        for factor, reaches in ((1.0, True), (1 / 1.1001, False)):
+            for image, strength in zip(images, scale, strict=True):
+                single = CounterfactualInferer(scheduler, **options, scale=float(strength) * factor, probability=None)
+                after = single(image[None], network, target=1).probabilities_counterfactual[0, 1]
+                self.assertEqual(bool(after >= 0.8 - 1e-9), reaches)
+
+    def test_an_answer_out_of_reach_is_said_to_be(self) -> None:
+        scheduler, network, images = toy((1, 4, 4))
+        inferer = CounterfactualInferer(
+            scheduler, timestep=100, num_inference_steps=4, scale=1e-6, probability=0.99, max_trials=2
+        )
+        result = inferer(images, network, target=1)
+        self.assertFalse(bool(result.reached.any()))
+        self.assertEqual(result.record.scale, (3e-6,) * 3)  # the one that came closest: the larger of the two
+
+
+class TestChains(unittest.TestCase):
+    def setUp(self) -> None:
+        self.scheduler = DDIMGridScheduler()
+        self.images = torch.rand(3, 1, 8, 8, generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+    def test_equals_guided_sampling_from_the_noisy_image(self) -> None:
+        network = tiny_unet()
+        inferer = CounterfactualInferer(
+            self.scheduler, encoding="noise", timestep=400, num_inference_steps=5, scale=3.0, probability=None
+        )
+        result = inferer(self.images, network, target=2, seed=11)
+        noise = [torch.randn(1, 8, 8, generator=torch.Generator().manual_seed(11 + n)) for n in range(3)]
+        start = self.scheduler.add_noise(self.images, torch.stack(noise), torch.tensor([400]))
+        self.scheduler.set_grid([400, 300, 200, 100, 0])
+        sampler = JointDiffusionInferer(self.scheduler)
+        torch.testing.assert_close(result.reconstruction, sampler.sample(start, network).image)
+        guided = sampler.sample(start, network, guidance=ClassifierGuidance(2, 3.0)).image
+        torch.testing.assert_close(result.counterfactual, guided)
+
+    @parameterized.expand([("classifier",), ("representation",), ("class_free",)])
+    def test_images_do_not_feel_each_other(self, rule: str) -> None:
+        network, images = tiny_unet().double(), self.images.double()
+        inferer = CounterfactualInferer(
+            self.scheduler, rule=rule, timestep=200, num_inference_steps=3, probability=0.6, max_trials=3
+        )
+        together = inferer(images, network, target=torch.tensor([0, 1, 2]))
+        for n in range(3):
+            alone = inferer(images[n : n + 1], network, target=n, seed=n)
+            torch.testing.assert_close(alone.counterfactual[0], together.counterfactual[n])
+            self.assertAlmostEqual(alone.record.scale[0], together.record.scale[n])
+
+    @parameterized.expand([("2d", 2), ("3d", 3)])
+    def test_only_the_region_changes(self, _: str, spatial_dims: int) -> None:
+        network = tiny_unet(spatial_dims)
+        images = torch.rand(2, 1, *[8] * spatial_dims) * 2 - 1
+        inferer = CounterfactualInferer(
+            self.scheduler, timestep=300, num_inference_steps=4, scale=20.0, probability=None, region_fraction=0.25
+        )
+        result = inferer(images, network, target=1)
+        assert result.region is not None
+        share = result.region.double().flatten(1).mean(1)
+        self.assertTrue(bool((share >= 0.25).all() and (share < 0.3).all()), share)
+        self.assertEqual(float(result.difference[~result.region].abs().max()), 0.0)
+        self.assertGreater(float(result.difference[result.region].abs().min()), 0.0)
+
+    @parameterized.expand([("inversion", None, 0.5), ("noise", 0.3, 0.5), ("noise", None, None)])
+    def test_replay_is_equal_bit_for_bit(
+        self, encoding: str, fraction: float | None, probability: float | None
+    ) -> None:
+        network = tiny_unet()
+        inferer = CounterfactualInferer(
+            self.scheduler,
+            encoding=encoding,
+            timestep=250,
+            num_inference_steps=4,
+            probability=probability,
+            max_trials=3,
+            region_fraction=fraction,
+        )
+        result = inferer(self.images, network, seed=5)
+        again = CounterfactualInferer(self.scheduler, probability=probability).replay(
+            self.images, network, result.record
+        )
+        for name in ("counterfactual", "reconstruction", "difference", "probabilities_counterfactual", "reached"):
+            self.assertTrue(torch.equal(getattr(result, name), getattr(again, name)), name)
+        self.assertEqual(
+            [again.record.of_image(n) for n in range(3)],
+            json.loads(json.dumps([result.record.of_image(n) for n in range(3)])),
+        )
+
+    def test_multi_label_network_removes_and_enforces(self) -> None:
+        network = tiny_unet(multi_label=True)
+        inferer = CounterfactualInferer(
+            self.scheduler, timestep=300, num_inference_steps=4, scale=50.0, probability=None
+        )
+        before = inferer(self.images, network, target=1).probabilities[:, 1]
+        for enforce, sign in ((True, 1), (False, -1)):
+            result = inferer(self.images, network, target=1, enforce=enforce)
+            change = result.probabilities_counterfactual[:, 1] - result.probabilities_reconstruction[:, 1]
+            self.assertTrue(bool((sign * change > 0).all()), change)
+        flipped = inferer(self.images, network, target=1, enforce=None)
+        self.assertEqual(flipped.record.enforce, tuple((before < 0.5).tolist()))
+
+    def test_latents_of_an_autoencoder(self) -> None:
+        network = tiny_unet()
+        inferer = CounterfactualInferer(
+            self.scheduler,
+            timestep=200,
+            num_inference_steps=3,
+            inversion_iterations=15,
+            scale=5.0,
+            probability=None,
+            region_fraction=0.25,
+            autoencoder=Halving(),
+            scale_factor=0.7,
+        )
+        small = self.images
+        result = inferer(nn.functional.interpolate(small, scale_factor=2.0), network, target=1)
+        plain = CounterfactualInferer(
+            self.scheduler,
+            timestep=200,
+            num_inference_steps=3,
+            inversion_iterations=15,
+            scale=5.0,
+            probability=None,
+            region_fraction=0.25,
+        )(0.7 * small, network, target=1)
+        expected = nn.functional.interpolate(plain.counterfactual / 0.7, scale_factor=2.0)
+        torch.testing.assert_close(result.counterfactual, expected)
+        torch.testing.assert_close(result.probabilities_counterfactual, plain.probabilities_counterfactual)
+        assert result.region is not None
+        self.assertEqual(result.region.shape, (3, 1, 16, 16))
+        self.assertEqual(float(result.difference[~result.region].abs().max()), 0.0)
+
+    def test_meta_data_and_modes_survive(self) -> None:
+        network = tiny_unet().train()
+        network.middle_block.eval()
+        affine = torch.diag(torch.tensor([2.0, 3.0, 1.0, 1.0], dtype=torch.float64))
+        inferer = CounterfactualInferer(self.scheduler, timestep=50, num_inference_steps=2, probability=None)
+        result = inferer(MetaTensor(self.images, affine=affine), network)
+        for image in (result.image, result.counterfactual, result.reconstruction, result.difference):
+            self.assertIsInstance(image, MetaTensor)
+            torch.testing.assert_close(image.affine, affine)
+        self.assertTrue(network.training and not network.middle_block.training)
+        self.assertFalse(result.counterfactual.requires_grad)
+        self.assertTrue(all(p.grad is None for p in network.parameters()))
+
+    def test_callback_sees_every_step(self) -> None:
+        seen: list[int] = []
+        inferer = CounterfactualInferer(self.scheduler, timestep=100, num_inference_steps=3, probability=None)
+        inferer(self.images, tiny_unet(), callback=lambda timestep, sample: seen.append(timestep))
+        self.assertEqual(seen, [100, 50, 0] * 2)
+
+
+class Halving(nn.Module):
+    """An autoencoder whose latents are every second pixel."""
+
+    def encode(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return images[..., ::2, ::2], torch.ones(1)
+
+    def decode_stage_2_outputs(self, latents: torch.Tensor) -> torch.Tensor:
+        return nn.functional.interpolate(latents, scale_factor=2.0)
+
+
+class TestQuestion(unittest.TestCase):
+    probabilities = torch.tensor([[0.6, 0.3, 0.1], [0.1, 0.2, 0.7]])
+
+    @parameterized.expand(
+        [
+            ("other class", None, True, [1, 1]),
+            ("one class", 2, True, [2, 2]),
+            ("one each", [2, 0], None, [2, 0]),
+            ("removed", [0, 1], False, [1, 2]),
+            ("removed for one", [2, 2], [True, False], [2, 1]),
+        ]
+    )
+    def test_multi_class(self, _: str, target: Any, enforce: Any, expected: list[int]) -> None:
+        question = CounterfactualQuestion.of(self.probabilities, target, enforce, False)
+        self.assertEqual(question.target.tolist(), expected)
+        self.assertTrue(bool(question.enforce.all()))
+        wanted = self.probabilities[torch.arange(2), torch.tensor(expected)]
+        torch.testing.assert_close(question.probability(self.probabilities), wanted)
+
+    @parameterized.expand([(True, [True, True]), (False, [False, False]), (None, [False, True])])
+    def test_multi_label(self, enforce: Any, expected: list[bool]) -> None:
+        question = CounterfactualQuestion.of(self.probabilities, 0, enforce, True)
+        self.assertEqual(question.enforce.tolist(), expected)
+        wanted = [p if present else 1 - p for p, present in zip((0.6, 0.1), expected, strict=True)]
+        torch.testing.assert_close(question.probability(self.probabilities), torch.tensor(wanted))
+        self.assertEqual(question.class_labels(3).tolist(), [[int(present), -1, -1] for present in expected])
+
+    @parameterized.expand(
+        [
+            ("label not named", None, True, True, "name the target"),
+            ("class not named", None, False, False, "name the target"),
+            ("unknown", 3, True, False, r"must lie in \[0, 2\]"),
+            ("wrong number", [0, 1, 2], True, False, "one for each of 2"),
+            ("not a class", 0.5, True, False, "class index"),
+        ]
+    )
+    def test_refuses(self, _: str, target: Any, enforce: Any, multi_label: bool, message: str) -> None:
+        with self.assertRaisesRegex(ValueError, message):
+            CounterfactualQuestion.of(self.probabilities, target, enforce, multi_label)
+
+
+class TestRegion(unittest.TestCase):
+    @parameterized.expand([(2,), (3,)])
+    def test_is_the_square_that_changed(self, spatial_dims: int) -> None:
+        difference = torch.zeros(1, 2, *[9] * spatial_dims)
+        inside = (slice(None), slice(None), *[slice(3, 6)] * spatial_dims)
+        difference[inside] = -1.0
+        region = most_changed(difference, 1 / 9**spatial_dims)
+        self.assertEqual(region.nonzero().tolist(), [[0, 0, *[4] * spatial_dims]])  # smoothed: the centre
+
+
+class TestWrongInput(unittest.TestCase):
+    @parameterized.expand(
+        [
+            ("rule", {"rule": "magic"}, "rule must be one of"),
+            ("encoding", {"encoding": "x"}, "encoding must be one of"),
+            ("timestep", {"timestep": 1000}, r"\[1, 999\]"),
+            ("steps", {"timestep": 5, "num_inference_steps": 9}, r"\[2, 6\]"),
+            ("iterations", {"inversion_iterations": 0}, "at least 1"),
+            ("scale", {"scale": -1.0}, "scale must be positive"),
+            ("probability", {"probability": 1.0}, r"\(0, 1\)"),
+            ("precision", {"precision": 1.0}, "above 1"),
+            ("trials", {"max_trials": 0}, "at least 1"),
+            ("region", {"region_fraction": 1.5}, r"\(0, 1\)"),
+        ]
+    )
+    def test_arguments(self, _: str, options: dict[str, Any], message: str) -> None:
+        with self.assertRaisesRegex(ValueError, f"CounterfactualInferer.*{message}"):
+            CounterfactualInferer(DDIMGridScheduler(), **options)
+
+    def test_scheduler(self) -> None:
+        with self.assertRaisesRegex(TypeError, "DDIMGridScheduler, got AncestralScheduler"):
+            CounterfactualInferer(AncestralScheduler())  # type: ignore[arg-type]
+
+    @parameterized.expand(
+        [
+            ("no axes", torch.zeros(2, 3), {}, ValueError, "shape"),
+            ("seeds", torch.zeros(2, 1, 8, 8), {"seed": [1]}, ValueError, "1 seeds for 2 images"),
+            ("classes", torch.zeros(2, 1, 8, 8), {"target": 7}, ValueError, "3 classes"),
+        ]
+    )
+    def test_call(self, _: str, images: torch.Tensor, options: Any, error: type[Exception], message: str) -> None:
+        with self.assertRaisesRegex(error, message):
+            CounterfactualInferer(DDIMGridScheduler())(images, tiny_unet(), **options)
+
+    def test_network_without_what_the_rule_needs(self) -> None:
+        images = torch.zeros(1, 1, 8, 8)
+        with self.assertRaisesRegex(TypeError, "class-conditional"):
+            CounterfactualInferer(DDIMGridScheduler(), rule="class_free")(images, tiny_unet(class_conditional=False))
+        with self.assertRaisesRegex(TypeError, "no classes"):
+            CounterfactualInferer(DDIMGridScheduler())(images, nn.Identity())
+        with self.assertRaisesRegex(ValueError, "2 images, got a batch of 1"):
+            network: JointDiffusionUNet = tiny_unet()
+            inferer = CounterfactualInferer(DDIMGridScheduler(), timestep=9, num_inference_steps=2, probability=None)
+            inferer.replay(images, network, inferer(images.expand(2, -1, -1, -1), network).record)
+
+
+if __name__ == "__main__":
+    unittest.main()
