@@ -9,7 +9,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""What is measured: classification with intervals, calibration, and the distance of generated to real images."""
+"""What is measured: classification, calibration, generated images, counterfactuals and where they change an image."""
 
 from __future__ import annotations
 
@@ -28,6 +28,24 @@ from monai_jointdiff.metrics.classification import (
     macro_auc,
     roc_curve,
 )
+from monai_jointdiff.metrics.counterfactual import (
+    CounterfactualValidityMetric,
+    FlipFigures,
+    FlipReport,
+    ProximityMetric,
+    composition,
+    cout,
+    flip_rate,
+    l1_distance,
+    l2_distance,
+    reached_target,
+    reversibility,
+    sparsity,
+    split_frechet_distance,
+    structural_similarity,
+    target_probability,
+    wilson_interval,
+)
 from monai_jointdiff.metrics.cumulative import DenoisingErrorMetric, MacroAUCMetric
 from monai_jointdiff.metrics.features import EfficientNetFeatures, FeatureExtractor, RandomConvFeatures
 from monai_jointdiff.metrics.floors import FloorResult, pca_logistic_floor
@@ -39,31 +57,73 @@ from monai_jointdiff.metrics.generation import (
     gaussian_moments,
     kernel_distance,
 )
+from monai_jointdiff.metrics.localization import (
+    LocalizationMetric,
+    LocalizationReport,
+    Preservation,
+    best_threshold,
+    change_map,
+    localization_auprc,
+    localization_dice,
+    localization_iou,
+    localization_report,
+    pointing_game,
+    pooled_localization_auprc,
+    preservation,
+)
 
 __all__ = [
     "ClassificationReport",
+    "CounterfactualValidityMetric",
     "DenoisingErrorMetric",
     "EfficientNetFeatures",
     "FeatureExtractor",
+    "FlipFigures",
+    "FlipReport",
     "FloorResult",
     "GaussianReference",
     "Interval",
     "KernelDistance",
+    "LocalizationMetric",
+    "LocalizationReport",
     "MacroAUCMetric",
+    "Preservation",
+    "ProximityMetric",
     "RandomConvFeatures",
     "ReliabilityBins",
     "area_under_roc",
+    "best_threshold",
     "bootstrap_intervals",
+    "change_map",
     "choose_threshold",
     "classification_report",
+    "composition",
+    "cout",
     "expected_calibration_error",
     "fit_temperature",
+    "flip_rate",
     "frechet_distance",
     "frechet_distance_of_moments",
     "gaussian_moments",
     "kernel_distance",
+    "l1_distance",
+    "l2_distance",
+    "localization_auprc",
+    "localization_dice",
+    "localization_iou",
+    "localization_report",
     "macro_auc",
     "pca_logistic_floor",
+    "pointing_game",
+    "pooled_localization_auprc",
+    "preservation",
+    "reached_target",
     "reliability_bins",
+    "reversibility",
     "roc_curve",
+    "sparsity",
+    "split_frechet_distance",
+    "structural_similarity",
+    "target_probability",
+    "wilson_interval",
 ]
