@@ -13,6 +13,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from torch import Tensor, nn
 
 from monai_jointdiff.metrics import EfficientNetFeatures
 
-__all__ = ["CNNFeatures", "PlainCNN", "feature_spaces", "train_cnn"]
+__all__ = ["CNNFeatures", "PlainCNN", "disturb_strongly", "feature_spaces", "gaussian_blur", "train_cnn"]
 
 
 class PlainCNN(nn.Module):
@@ -55,7 +57,13 @@ class PlainCNN(nn.Module):
 
 
 def train_cnn(
-    images: Tensor, labels: Tensor, num_classes: int, seed: int, epochs: int, augment: bool = True, batch_size: int = 64
+    images: Tensor,
+    labels: Tensor,
+    num_classes: int,
+    seed: int,
+    epochs: int,
+    disturb: Callable[[Tensor], Tensor] | None = None,
+    batch_size: int = 64,
 ) -> PlainCNN:
     """Train the plain CNN with Adam and a cosine schedule.
 
@@ -65,7 +73,7 @@ def train_cnn(
         num_classes: K.
         seed: of weights, order and augmentation.
         epochs: passes through the data.
-        augment: small shifts, contrast and noise.
+        disturb: augmentation of a batch; None: small shifts, contrast and noise.
         batch_size: images per step.
     """
     torch.manual_seed(seed)
@@ -75,9 +83,8 @@ def train_cnn(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(epochs):
         for index in torch.randperm(len(images)).split(batch_size)[: len(images) // batch_size]:
-            batch = _disturb(images[index]) if augment else images[index]
             optimizer.zero_grad()
-            F.cross_entropy(network(batch), labels[index]).backward()
+            F.cross_entropy(network((disturb or _disturb)(images[index])), labels[index]).backward()
             optimizer.step()
             schedule.step()
     return network.eval()
@@ -89,6 +96,28 @@ def _disturb(x: Tensor) -> Tensor:
     x = torch.roll(x, shift, dims=(2, 3))
     gain, offset = 1 + 0.4 * (torch.rand(len(x), 1, 1, 1) - 0.5), 0.4 * (torch.rand(len(x), 1, 1, 1) - 0.5)
     return x * gain + offset + 0.1 * torch.rand(len(x), 1, 1, 1) * torch.randn_like(x)
+
+
+def disturb_strongly(x: Tensor) -> Tensor:
+    """What an oracle must not be fooled by: blur, noise of two kinds, brightness and contrast, each image its own."""
+    each = (len(x), 1, 1, 1)
+    x = torch.roll(x, [int(s) for s in torch.randint(-2, 3, (2,))], dims=(2, 3))
+    blurred = gaussian_blur(x, 0.4 + 1.6 * float(torch.rand(())))
+    x = torch.where(torch.rand(each) < 0.3, blurred, x)
+    gain, offset = 1 + 0.5 * (torch.rand(each) - 0.5), 0.6 * (torch.rand(each) - 0.5)
+    noise = torch.where(torch.rand(each) < 0.5, torch.randn_like(x), torch.randn_like(x).sign())
+    return x * gain + offset + 0.2 * torch.rand(each) * (torch.rand(each) < 0.5) * noise
+
+
+def gaussian_blur(x: Tensor, sigma: float) -> Tensor:
+    """Images (N, C, H, W) blurred by a Gaussian of so many pixels, edges repeated."""
+    radius = max(1, math.ceil(3 * sigma))
+    kernel = torch.exp(-0.5 * (torch.arange(-radius, radius + 1, dtype=x.dtype) / sigma) ** 2)
+    kernel = kernel / kernel.sum()
+    x = F.pad(x, [radius] * 4, mode="replicate")
+    for shape in ((1, 1, -1, 1), (1, 1, 1, -1)):
+        x = F.conv2d(x, kernel.reshape(shape).expand(x.shape[1], 1, -1, -1), groups=x.shape[1])
+    return x
 
 
 class CNNFeatures:

@@ -11,7 +11,7 @@
 
 """The same bundle on kermany_cxr_64 by options alone, within 20 minutes, against a plain CNN of the same wall time.
 
-    JOINTDIFF_DATA=... python -m benchmarks.kermany [--quick] [--work DIR]
+JOINTDIFF_DATA=... python -m benchmarks.kermany [--quick] [--work DIR]
 """
 
 from __future__ import annotations

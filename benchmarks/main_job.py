@@ -11,7 +11,7 @@
 
 """The main job as a newcomer types it, with no arguments: minutes, figures of its final table.
 
-    python -m benchmarks.main_job [--work DIR] [--quick]
+python -m benchmarks.main_job [--work DIR] [--quick]
 """
 
 from __future__ import annotations

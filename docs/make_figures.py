@@ -9,7 +9,10 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Draws the pictures of the README: `python docs/make_figures.py build/demo/output` after `make demo`."""
+"""Draws the pictures of the README: `python docs/make_figures.py build/demo/output` after `make demo`.
+
+A second argument, the output of `counterfactual.json`, draws the picture of counterfactuals from its first cases.
+"""
 
 from __future__ import annotations
 
@@ -82,10 +85,24 @@ def draw_progress(output: Path, path: Path) -> None:
     save_figure(figure, path)
 
 
+def draw_counterfactuals(output: Path, path: Path, count: int = 2) -> None:
+    """The panels of the first cases, one below the other."""
+    panels = [Image.open(file).convert("RGB") for file in sorted(output.glob("cases/**/panel.png"))[:count]]
+    sheet = Image.new("RGB", (max(panel.width for panel in panels), sum(panel.height for panel in panels)), "white")
+    top = 0
+    for panel in panels:
+        sheet.paste(panel, (0, top))
+        top += panel.height
+    sheet.thumbnail((1400, 1400))
+    sheet.quantize(128).save(path, optimize=True)
+
+
 def main() -> None:
     """Draw all figures from the output of the demo."""
     output = Path(sys.argv[1])
     FIGURES.mkdir(exist_ok=True)
+    if len(sys.argv) > 2:
+        draw_counterfactuals(Path(sys.argv[2]), FIGURES / "counterfactual.png")
     draw_phantoms(FIGURES / "phantoms.png")
     draw_progress(output, FIGURES / "training.png")
     Image.open(output / "real_and_generated.png").save(FIGURES / "real_and_generated.png", optimize=True)

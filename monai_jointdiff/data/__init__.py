@@ -13,40 +13,50 @@
 
 from __future__ import annotations
 
+from .brain_phantoms import BRAIN_CLASSES, BrainPhantoms
 from .draws import BalancedOrder, DrawBatchSampler, DrawDataset, DrawOrder, ShuffledOrder, draw_seed
-from .folder import find_images, read_folder
+from .folder import find_images, list_images, read_folder
 from .intensity import IntensityRule
 from .labels import EncodedLabels, encode_labels
 from .medmnist import download_medmnist
 from .npz import read_npz
-from .phantoms import CHEST_CLASSES, ChestPhantoms, Phantom
-from .reading import ImagePreprocessing, read_image
+from .phantoms import CHEST_CLASSES, ChestPhantoms, Phantom, Phantoms
+from .reading import Correction, ImagePreprocessing, read_image
 from .records import Found, Record
-from .source import ImageSource, PrepareItem, open_source
+from .source import ImageSource, PrepareItem, make_phantoms, open_source
 from .splits import canonical_part, complete_parts
+from .volumes import ImageFiles, SliceRule
 
 __all__ = [
+    "BRAIN_CLASSES",
     "BalancedOrder",
+    "BrainPhantoms",
     "CHEST_CLASSES",
     "ChestPhantoms",
+    "Correction",
     "DrawBatchSampler",
     "DrawDataset",
     "DrawOrder",
     "EncodedLabels",
     "Found",
+    "ImageFiles",
     "ImagePreprocessing",
     "ImageSource",
     "IntensityRule",
     "Phantom",
+    "Phantoms",
     "PrepareItem",
     "Record",
     "ShuffledOrder",
+    "SliceRule",
     "canonical_part",
     "complete_parts",
     "download_medmnist",
     "draw_seed",
     "encode_labels",
     "find_images",
+    "list_images",
+    "make_phantoms",
     "open_source",
     "read_folder",
     "read_image",

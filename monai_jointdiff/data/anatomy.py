@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-__all__ = ["Frame", "Lung", "Slab", "Uniforms", "anatomy", "effusion", "opacity"]
+__all__ = ["Frame", "Lung", "Slab", "Uniforms", "anatomy", "bump", "effusion", "opacity", "ramp"]
 
 _AIR_IN_LUNG = -0.74  # density that a lung takes away from the tissue
 _LEAST_FLUID = 0.06  # half thickness of the thickest place of an effusion, at least
@@ -75,8 +75,16 @@ class Uniforms:
         return next(self._numbers) < probability
 
 
-def _ramp(value: np.ndarray, width: float) -> np.ndarray:
-    """0 below -width/2, 1 above width/2, linear between."""
+def ramp(value: np.ndarray, width: float) -> np.ndarray:
+    """A soft step.
+
+    Args:
+        value: where it stands, 0 at the middle of the step.
+        width: of the step.
+
+    Returns:
+        0 below -width/2, 1 above width/2, linear between.
+    """
     return np.clip(value * (1.0 / width) + 0.5, 0.0, 1.0)
 
 
@@ -85,8 +93,15 @@ def _dome(squared_radius: np.ndarray) -> np.ndarray:
     return np.sqrt(np.maximum(1.0 - squared_radius, 0.0))
 
 
-def _bump(distance: np.ndarray) -> np.ndarray:
-    """(1 - d^2)^2 inside |d| < 1: a smooth bell with compact support."""
+def bump(distance: np.ndarray) -> np.ndarray:
+    """A smooth bell with compact support.
+
+    Args:
+        distance: from its middle, in units of its radius.
+
+    Returns:
+        (1 - d^2)^2 inside |d| < 1, 0 outside.
+    """
     return np.square(np.maximum(1.0 - np.square(distance), 0.0))
 
 
@@ -125,7 +140,7 @@ def _body(frame: Frame, u: Uniforms) -> tuple[Slab, np.ndarray]:
     """Trunk with neck and shoulders: an elliptic cylinder whose width depends on the row."""
     neck, trunk, depth, slope = u(0.2, 0.3), u(0.88, 1.08), u(0.55, 0.68), u(0.4, 0.6)
     top = u(-1.05, -0.85)
-    shoulder = _ramp(frame.y - top - slope / 2, slope)
+    shoulder = ramp(frame.y - top - slope / 2, slope)
     width = neck + (trunk - neck) * np.sqrt(shoulder)
     half = depth * (0.75 + 0.25 * shoulder) * _dome(np.square(frame.x / width)) ** 0.8
     return Slab(1.0, half), width
@@ -137,9 +152,9 @@ def _heart(frame: Frame, u: Uniforms) -> np.ndarray:
     arch_x, arch_y, arch = u(0.06, 0.12), u(-0.38, -0.28), u(0.09, 0.13)
     column = u(0.1, 0.16)
     sharp = 2.0 * frame.edge
-    heart = _ramp(1.0 - _ellipse(frame, (x, y), (0.33 * size, 0.24 * size), turn), 4.0 * sharp)
-    knob = _ramp(1.0 - _ellipse(frame, (arch_x, arch_y), (arch, arch)), 10.0 * sharp)
-    middle = _ramp(column + 0.06 * frame.y - np.abs(frame.x), sharp)
+    heart = ramp(1.0 - _ellipse(frame, (x, y), (0.33 * size, 0.24 * size), turn), 4.0 * sharp)
+    knob = ramp(1.0 - _ellipse(frame, (arch_x, arch_y), (arch, arch)), 10.0 * sharp)
+    middle = ramp(column + 0.06 * frame.y - np.abs(frame.x), sharp)
     return np.maximum(np.maximum(heart, knob), middle)
 
 
@@ -153,7 +168,7 @@ def _lung(frame: Frame, u: Uniforms, side: float, heart: np.ndarray) -> Lung:
     signed = side * (frame.x - center - side * lean * v) / width
     half = thick * _dome(np.square(signed) + np.square(np.square(v))) ** 0.7
     diaphragm = base + dome * np.square(signed + 0.3)
-    air = _ramp(diaphragm - frame.y, 1.5 * frame.edge) * (1.0 - 0.85 * heart)
+    air = ramp(diaphragm - frame.y, 1.5 * frame.edge) * (1.0 - 0.85 * heart)
     return Lung(side, signed, half, air, center, (side * u(0.19, 0.25), u(-0.08, 0.04)), base)
 
 
@@ -162,7 +177,7 @@ def _vessels(frame: Frame, u: Uniforms, lung: Lung, coarse: np.ndarray, fine: np
     distance = np.sqrt(_ellipse(frame, lung.hilum, (0.42, 0.6)))
     strength, markings = u(0.25, 0.6), u(0.02, 0.1)
     branches = np.maximum(1.0 - 1.3 * np.abs(fine), 0.0) * np.maximum(1.0 - distance, 0.0)
-    root = _bump(np.sqrt(_ellipse(frame, lung.hilum, (u(0.1, 0.15), u(0.16, 0.24)), lung.side * 0.3)))
+    root = bump(np.sqrt(_ellipse(frame, lung.hilum, (u(0.1, 0.15), u(0.16, 0.24)), lung.side * 0.3)))
     inside = lung.air * np.minimum(8.0 * lung.half, 1.0)
     return [
         Slab(strength * inside * (branches + root * (0.75 + 0.25 * fine)), 0.22),
@@ -174,16 +189,16 @@ def _bones(frame: Frame, u: Uniforms, width: np.ndarray) -> list[Slab]:
     """Spine, posterior and anterior ribs, clavicles."""
     away = np.abs(frame.x)
     spacing, phase, strength = u(0.15, 0.19), u(0.0, 1.0), u(0.5, 1.2)
-    inside = _ramp(0.9 * width - away, 0.12) * _ramp(frame.y + 0.8, 0.2)
+    inside = ramp(0.9 * width - away, 0.12) * ramp(frame.y + 0.8, 0.2)
     wave = np.cos((2 * np.pi / spacing) * (frame.y - u(0.15, 0.45) * away) + 2 * np.pi * phase)
-    posterior = np.maximum(wave - 0.15, 0.0) * inside * _ramp(0.62 - frame.y, 0.2)
+    posterior = np.maximum(wave - 0.15, 0.0) * inside * ramp(0.62 - frame.y, 0.2)
     wave = np.cos((2 * np.pi / (1.15 * spacing)) * (frame.y + u(0.5, 0.8) * away) + 2 * np.pi * u(0.0, 1.0))
-    anterior = np.maximum(wave - 0.3, 0.0) * inside * _ramp(away - 0.28, 0.15) * _ramp(0.4 - frame.y, 0.3)
+    anterior = np.maximum(wave - 0.3, 0.0) * inside * ramp(away - 0.28, 0.15) * ramp(0.4 - frame.y, 0.3)
     vertebrae = 0.75 + 0.25 * np.cos((2 * np.pi / u(0.13, 0.17)) * frame.y)
-    spine = _ramp(u(0.07, 0.1) - away, 2.0 * frame.edge) * vertebrae
+    spine = ramp(u(0.07, 0.1) - away, 2.0 * frame.edge) * vertebrae
     height, rise = u(-0.62, -0.5), u(0.05, 0.25)
     line = (frame.y - height + rise * away) / 0.045
-    clavicle = _bump(line / max(1.0, 20.0 * frame.edge)) * _ramp(0.8 - away, 0.1) * _ramp(away - 0.06, 0.06)
+    clavicle = bump(line / max(1.0, 20.0 * frame.edge)) * ramp(0.8 - away, 0.1) * ramp(away - 0.06, 0.06)
     return [
         Slab(strength * posterior, 0.07, 0.42),
         Slab(0.6 * strength * anterior, 0.07, -0.42),
@@ -194,11 +209,11 @@ def _bones(frame: Frame, u: Uniforms, width: np.ndarray) -> list[Slab]:
 
 def _soft_shadows(frame: Frame, u: Uniforms, lungs: Sequence[Lung], heart: np.ndarray) -> list[Slab]:
     """Trachea, breast shadows, gas under the diaphragm."""
-    trachea = _ramp(u(0.045, 0.065) - np.abs(frame.x - u(-0.03, 0.03)), 1.5 * frame.edge) * _ramp(-0.28 - frame.y, 0.1)
+    trachea = ramp(u(0.045, 0.065) - np.abs(frame.x - u(-0.03, 0.03)), 1.5 * frame.edge) * ramp(-0.28 - frame.y, 0.1)
     slabs = [Slab(-0.6 * trachea, 0.1), Slab(0.25 * heart, 0.2, -0.1)]
     breasts, height, radius = u(0.0, 0.5) if u.chance(0.5) else 0.0, u(0.15, 0.4), u(0.25, 0.36)
     for lung in lungs:
-        shadow = _bump(np.sqrt(_ellipse(frame, (1.1 * lung.center, height), (radius, 0.9 * radius))))
+        shadow = bump(np.sqrt(_ellipse(frame, (1.1 * lung.center, height), (radius, 0.9 * radius))))
         slabs.append(Slab(breasts * np.sqrt(shadow), 0.12, -0.62))
     gas, offset = u(0.3, 0.8) if u.chance(0.4) else 0.0, u(0.18, 0.26)
     bubble = _dome(_ellipse(frame, (u(0.28, 0.45), lungs[1].base + offset), (u(0.08, 0.14), u(0.06, 0.09))))
@@ -210,9 +225,9 @@ def _foreign(frame: Frame, u: Uniforms) -> list[Slab]:
     """Lead lines over the chest and a side marker in an upper corner."""
     slope, offset, bend = u(-0.9, 0.9), u(-0.5, 0.5), u(-0.6, 0.6)
     line = (frame.x - offset - slope * frame.y - bend * np.square(frame.y)) / max(0.02, 1.2 * frame.edge / 2)
-    lead = (u(0.15, 0.4) if u.chance(0.2) else 0.0) * _bump(line)
+    lead = (u(0.15, 0.4) if u.chance(0.2) else 0.0) * bump(line)
     corner = (u(0.8, 0.9) * (1.0 if u.chance(0.5) else -1.0), u(-0.9, -0.75))
-    marker = (1.0 if u.chance(0.4) else 0.0) * _ramp(1.0 - _ellipse(frame, corner, (0.06, 0.07)), 1.0)
+    marker = (1.0 if u.chance(0.4) else 0.0) * ramp(1.0 - _ellipse(frame, corner, (0.06, 0.07)), 1.0)
     return [Slab(lead, 0.15, -0.75), Slab(marker, 0.4, -0.5)]
 
 
@@ -256,8 +271,8 @@ def effusion(frame: Frame, u: Uniforms, lungs: Sequence[Lung], coarse: np.ndarra
     lung = lungs[int(u(0.0, 2.0))]
     height, rise, width = u(0.08, 0.36), u(0.12, 0.24), u(0.25, 0.5)
     level = lung.base + 0.1 - height - rise * np.exp((np.clip(lung.across, -1.0, 1.0) - 1.0) / width)
-    fluid = _ramp(frame.y - level, frame.edge) * lung.air
+    fluid = ramp(frame.y - level, frame.edge) * lung.air
     while (fluid * lung.half).max() < _LEAST_FLUID and level.min() > -1.0:  # the lung ends above the level
         level -= 0.04
-        fluid = _ramp(frame.y - level, frame.edge) * lung.air
+        fluid = ramp(frame.y - level, frame.edge) * lung.air
     return [Slab(-_AIR_IN_LUNG * u(0.8, 1.0) * (1.0 + 0.04 * np.clip(coarse, -2.0, 2.0)) * fluid, lung.half)]

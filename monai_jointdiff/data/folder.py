@@ -9,24 +9,27 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Data sets that are folders of image files, with a CSV or with one sub-folder per class."""
+"""Data sets that are folders of image files: with a CSV, with one sub-folder per class, or with one per image."""
 
 from __future__ import annotations
 
 import csv
-from collections import Counter
-from collections.abc import Mapping, Sequence
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from monai_jointdiff.data.intensity import IntensityRule
-from monai_jointdiff.data.reading import has_image_suffix, is_dicom, is_gray, read_image
+from monai_jointdiff.data.reading import has_image_suffix, is_dicom, is_gray, read_image, read_volume
 from monai_jointdiff.data.records import Found, Record
 from monai_jointdiff.data.splits import canonical_part
+from monai_jointdiff.data.volumes import ImageFiles, SliceRule
 
-__all__ = ["find_images", "read_folder"]
+__all__ = ["find_images", "list_images", "read_folder"]
 
 _DEFAULT_SIZE = {2: 64, 3: 32}
 _PROBED = 16  # images read to find out whether the data set is gray
@@ -46,45 +49,119 @@ def find_images(folder: str | Path) -> list[Path]:
     return [path for path in visible if has_image_suffix(path) or is_dicom(path)]
 
 
+def list_images(
+    path: str | Path, image_column: str | Sequence[str] = "file", slices: SliceRule | None = None
+) -> list[Record]:
+    """What there is to look at in a file or a folder; labels and parts are not asked for.
+
+    Args:
+        path: an image file, or a folder with image files in it and its sub-folders.
+        image_column: several columns (also joined by commas): each image of the folder lies in several files, named in
+            its CSV or, without a CSV, as in :func:`read_folder`.
+        slices: how volumes are cut; None: they are not.
+
+    Returns:
+        images and their names relative to the folder; there may be none.
+
+    Raises:
+        ValueError: when a file that a CSV names is missing, or a volume to be cut cannot be read.
+    """
+    path, columns = Path(path), _names(image_column)
+    if not path.is_dir():
+        records = [Record(path, None, path.name)]
+    elif len(columns) == 1:
+        records = [Record(file, None, file.relative_to(path).as_posix()) for file in find_images(path)]
+    else:
+        table = _find_csv(path)
+        wanted = _Columns(columns)
+        records = _by_names(path, wanted) if table is None else _by_csv(path, table, wanted)
+    return records if slices is None else _cut(records, slices)[0]
+
+
 def read_folder(
     folder: str | Path,
     spatial_dims: int = 2,
-    image_column: str = "file",
+    image_column: str | Sequence[str] = "file",
     label_column: str | Sequence[str] = "label",
     split_column: str = "split",
     patient_column: str = "patient",
+    mask_column: str | None = None,
+    slices: SliceRule | None = None,
 ) -> Found:
     """List the images of a folder, with labels from `labels.csv` (or the only CSV), else from the sub-folders' names.
 
     Without a CSV, sub-folders `train`, `val`, `test` are parts and the sub-folders in them (or, without parts, in the
-    folder itself) are classes; images that lie directly in the folder have no label.
+    folder itself) are classes; images that lie directly in the folder have no label. With several image columns, each
+    folder that holds a file for all of them is an image, its own name is no class, and a file is known by a word of its
+    name: `flair` finds `case07_flair.nii.gz`.
 
     Args:
         folder: the folder.
         spatial_dims: 2 or 3.
-        image_column: column with the file, relative to the folder.
+        image_column: column with the file, relative to the folder; or several columns (also joined by commas), whose
+            files have one channel each.
         label_column: column with the label, or several columns (also joined by commas) with 1, 0 or nothing.
         split_column: column with the part; "split" may be missing.
         patient_column: column with the patient; "patient" may be missing.
+        mask_column: column with the file of the mask, which may be empty; None: there are no masks.
+        slices: 2D images are cut from volumes by this rule, and have the label of their mask if there is one, else that
+            of their volume; slices of a volume stay together when parts are drawn. None: they are not cut.
 
     Returns:
-        paths and labels; nothing but a few images is read.
+        paths and labels. Of images that are not cut, nothing but a few is read.
 
     Raises:
-        ValueError: without images, for a missing column, or a file that is listed but not there.
+        ValueError: without images, for a missing column, a file that is listed but not there, or volumes to be cut
+            that cannot be read.
     """
     folder = Path(folder)
     table = _find_csv(folder)
-    if table is None:
-        records = _by_folders(folder)
+    by_mask = slices is not None and mask_column is not None
+    columns = _Columns(
+        _names(image_column), _names(label_column), split_column, patient_column, mask_column, label_needed=not by_mask
+    )
+    if table is not None:
+        records = _by_csv(folder, table, columns)
+    elif len(columns.images) > 1:
+        records = _by_names(folder, columns)
     else:
-        columns = label_column.split(",") if isinstance(label_column, str) else list(label_column)
-        records = _by_csv(folder, table, image_column, [c.strip() for c in columns], split_column, patient_column)
+        records = _by_folders(folder)
     if not records:
+        alone = "" if len(columns.images) == 1 else f", no sub-folder with one for each of {', '.join(columns.images)}"
         raise ValueError(
-            f"read_folder: '{folder}' holds no images (JPEG, PNG, DICOM, NIfTI, NRRD) and no rows in a CSV."
+            f"read_folder: '{folder}' holds no images (JPEG, PNG, DICOM, NIfTI, NRRD){alone} and no rows in a CSV."
         )
-    return Found(records, _DEFAULT_SIZE[spatial_dims], _channels(records, spatial_dims), IntensityRule())
+    channels = len(columns.images)
+    if slices is not None:
+        records, channels = _cut(records, slices)
+    if channels == 1:
+        channels = _channels(records, spatial_dims)
+    class_names = list(slices.classes) if slices is not None and by_mask else None
+    return Found(records, _DEFAULT_SIZE[spatial_dims], channels, IntensityRule(), class_names)
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """Which columns of a table say what."""
+
+    images: tuple[str, ...]
+    labels: tuple[str, ...] = ()
+    split: str = "split"
+    patient: str = "patient"
+    mask: str | None = None
+    label_needed: bool = True
+
+    def needed(self) -> list[str]:
+        """Columns that must be there: all that were named, and the files."""
+        optional = {"split": self.split, "patient": self.patient}  # only under these names may a column be missing
+        labels = self.labels if self.label_needed else ()
+        masks = () if self.mask is None else (self.mask,)
+        return [*self.images, *labels, *masks, *(name for default, name in optional.items() if name != default)]
+
+
+def _names(columns: str | Sequence[str]) -> tuple[str, ...]:
+    """Names of columns, also those joined by commas."""
+    return tuple(name.strip() for name in (columns.split(",") if isinstance(columns, str) else columns))
 
 
 def _find_csv(folder: Path) -> Path | None:
@@ -97,43 +174,52 @@ def _find_csv(folder: Path) -> Path | None:
     return tables[0] if tables else None
 
 
-def _by_csv(
-    folder: Path, table: Path, image_column: str, label_columns: list[str], split_column: str, patient_column: str
-) -> list[Record]:
+def _by_csv(folder: Path, table: Path, columns: _Columns) -> list[Record]:
     try:
         with open(table, newline="", encoding="utf-8-sig") as stream:
             reader = csv.DictReader(stream)
             header, rows = list(reader.fieldnames or []), list(reader)
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"read_folder: cannot read '{table}' as a CSV in UTF-8: {error}.") from error
-    optional = {"split": split_column, "patient": patient_column}  # only under these names may a column be missing
-    needed = [image_column, *label_columns, *(name for default, name in optional.items() if name != default)]
-    missing = [name for name in needed if name not in header]
+    missing = [name for name in columns.needed() if name not in header]
     if missing:
         raise ValueError(
             f"read_folder: {table.name} has no column {', '.join(map(repr, missing))}; it has {', '.join(header)}. "
             "Say which to use: --image_column, --label_column, --split_column, --patient_column."
         )
-    empty = [str(line) for line, row in enumerate(rows, start=2) if not row[image_column]]
-    if empty:
-        raise ValueError(f"read_folder: no file in column {image_column!r} of {table.name}, lines {', '.join(empty)}.")
-    repeated = sorted(name for name, count in Counter(row[image_column] for row in rows).items() if count > 1)
-    if repeated:
-        raise ValueError(f"read_folder: {table.name} lists files more than once: {', '.join(repeated)}.")
-    absent = [row[image_column] for row in rows if not (folder / row[image_column]).exists()]
-    if absent:
-        names = ", ".join(absent)
-        raise ValueError(f"read_folder: {len(absent)} files of {table.name} are not in '{folder}': {names}.")
+    _check_files(folder, table, columns, rows)
     return [
         Record(
-            image=folder / row[image_column],
-            label=_label(row, label_columns),
-            name=_name(row[image_column], folder),
-            part=canonical_part(row[split_column]) if row.get(split_column) else None,
-            patient=row.get(patient_column) or None,
+            image=_image(folder / row[column] for column in columns.images),
+            label=_label(row, columns.labels),
+            name=_name(row[columns.images[0]], folder),
+            part=canonical_part(row[columns.split]) if row.get(columns.split) else None,
+            patient=row.get(columns.patient) or None,
+            mask=folder / row[columns.mask] if columns.mask is not None and row[columns.mask] else None,
         )
         for row in rows
     ]
+
+
+def _check_files(folder: Path, table: Path, columns: _Columns, rows: Sequence[Mapping[str, str]]) -> None:
+    """Every image is named once, and all files are there."""
+    for column in columns.images:
+        empty = [str(line) for line, row in enumerate(rows, start=2) if not row[column]]
+        if empty:
+            raise ValueError(f"read_folder: no file in column {column!r} of {table.name}, lines {', '.join(empty)}.")
+        repeated = sorted(name for name, count in Counter(row[column] for row in rows).items() if count > 1)
+        if repeated:
+            raise ValueError(f"read_folder: {table.name} lists files more than once: {', '.join(repeated)}.")
+    files = [row[column] for row in rows for column in (*columns.images, columns.mask) if column and row[column]]
+    absent = [file for file in files if not (folder / file).exists()]
+    if absent:
+        names = ", ".join(absent)
+        raise ValueError(f"read_folder: {len(absent)} files of {table.name} are not in '{folder}': {names}.")
+
+
+def _image(paths: Iterable[Path]) -> Path | ImageFiles:
+    files = tuple(paths)
+    return files[0] if len(files) == 1 else ImageFiles(files)
 
 
 def _name(file: str, folder: Path) -> str:
@@ -147,19 +233,104 @@ def _name(file: str, folder: Path) -> str:
 
 
 def _label(row: Mapping[str, str], columns: Sequence[str]) -> Any:
-    return row[columns[0]] if len(columns) == 1 else [row[column] for column in columns]
+    return row.get(columns[0]) if len(columns) == 1 else [row[column] for column in columns] or None
 
 
 def _by_folders(folder: Path) -> list[Record]:
     records = []
     for path in find_images(folder):
-        *above, _ = path.relative_to(folder).parts
-        part = None
-        if above and _is_part(above[0]):
-            part, above = canonical_part(above[0]), above[1:]
-        label = above[0] if above else None
-        records.append(Record(path, label, path.relative_to(folder).as_posix(), part))
+        name = path.relative_to(folder)
+        part, label = _part_and_label(name.parent.parts)
+        records.append(Record(path, label, name.as_posix(), part))
     return records
+
+
+def _part_and_label(above: Sequence[str]) -> tuple[str | None, str | None]:
+    """What the folders above an image say: the part, if the first is named so, then the class."""
+    part = canonical_part(above[0]) if above and _is_part(above[0]) else None
+    rest = above if part is None else above[1:]
+    return part, rest[0] if rest else None
+
+
+def _by_names(folder: Path, columns: _Columns) -> list[Record]:
+    """One image for each folder with a file for each channel, known by a word of its name."""
+    together = defaultdict(list)
+    for path in find_images(folder):
+        together[path.parent].append(path)
+    records = []
+    for place, paths in sorted(together.items()):
+        found = [_with_word(paths, word) for word in columns.images]
+        if not any(found):
+            continue
+        lacking = [word for word, path in zip(columns.images, found, strict=True) if path is None]
+        if lacking:
+            raise ValueError(f"read_folder: '{place}' has no file with {', '.join(map(repr, lacking))} in its name.")
+        files = tuple(path for path in found if path is not None)
+        part, label = _part_and_label(place.relative_to(folder).parts[:-1])
+        mask = None if columns.mask is None else _with_word(paths, columns.mask)
+        name, patient = files[0].relative_to(folder).as_posix(), place.relative_to(folder).as_posix()
+        records.append(Record(ImageFiles(files), label, name, part, patient, mask))
+    return records
+
+
+def _with_word(paths: Sequence[Path], word: str) -> Path | None:
+    """The file with a word in its name, upper or lower case; words are letters and digits."""
+    found = [path for path in paths if word.casefold() in re.split(r"[^0-9a-z]+", path.name.casefold())]
+    if len(found) > 1:
+        names = ", ".join(path.name for path in found)
+        raise ValueError(f"read_folder: '{found[0].parent}' has several files with {word!r} in their names: {names}.")
+    return found[0] if found else None
+
+
+def _cut(records: Sequence[Record], slices: SliceRule) -> tuple[list[Record], int]:
+    """Slices of all volumes, and the largest number of channels of these; images that are no volumes stay whole."""
+    cut: list[Record] = []
+    channels, bad = 1, []
+    for record in records:
+        try:
+            found, count = _cut_one(record, slices)
+        except ValueError as error:
+            bad.append(f"  {record.name}: {error}")
+            continue
+        cut.extend(found)
+        channels = max(channels, count)
+    if bad:
+        raise ValueError(f"read_folder: {len(bad)} volumes cannot be cut into slices:\n" + "\n".join(bad))
+    return cut, channels
+
+
+def _cut_one(record: Record, slices: SliceRule) -> tuple[list[Record], int]:
+    files = _files(record.image)
+    volume = read_volume(files)
+    if volume is None:
+        return [record], len(files.paths)
+    indices = slices.indices(IntensityRule()(volume))
+    mask = None if record.mask is None else _files(record.mask)
+    labels: Mapping[int, Any] = dict.fromkeys(indices, record.label)
+    if mask is not None:
+        drawn = read_volume(mask)
+        if drawn is None or drawn.shape[1:] != volume.shape[1:]:
+            shape = None if drawn is None else drawn.shape[1:]
+            raise ValueError(f"the shape of its mask '{mask}' is {shape}, its own is {volume.shape[1:]}.")
+        numbers = slices.labels(np.any(drawn > 0, axis=0), indices)
+        labels = {index: slices.classes[number] for index, number in numbers.items()}
+    found = [
+        replace(
+            record,
+            image=replace(files, slice_axis=slices.axis, index=index),
+            label=label,
+            name=f"{record.name}#slice_{index:03d}",
+            patient=record.patient or record.name,
+            mask=None if mask is None else replace(mask, slice_axis=slices.axis, index=index),
+        )
+        for index, label in labels.items()
+    ]
+    return found, len(volume)
+
+
+def _files(image: Path | ImageFiles | np.ndarray) -> ImageFiles:
+    assert not isinstance(image, np.ndarray)  # readers of folders know files only
+    return image if isinstance(image, ImageFiles) else ImageFiles((image,))
 
 
 def _is_part(name: str) -> bool:
@@ -176,7 +347,8 @@ def _channels(records: Sequence[Record], spatial_dims: int) -> int:
     counts = set()
     for index in chosen:
         image = records[index].image
-        assert isinstance(image, Path)
+        if not isinstance(image, Path):
+            continue  # slices and files of one channel each are counted where they are found
         try:
             array = read_image(image, spatial_dims)
         except ValueError:

@@ -14,6 +14,7 @@
 from __future__ import annotations
 
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +23,24 @@ import numpy as np
 from monai_jointdiff.data.intensity import IntensityRule
 from monai_jointdiff.data.records import Found, Record
 from monai_jointdiff.data.splits import canonical_part
+from monai_jointdiff.data.volumes import SliceRule
 
 __all__ = ["read_npz"]
 
 
-def read_npz(path: str | Path, spatial_dims: int = 2) -> Found:
-    """Read `{train,val,test}_{images,labels}`, and `{part}_patients` and `class_names` where they are there.
+def read_npz(path: str | Path, spatial_dims: int = 2, slices: SliceRule | None = None) -> Found:
+    """Read `{train,val,test}_{images,labels}`, and `{part}_patients`, `{part}_masks`, `class_names` where they are.
 
     Images are (N, rows, columns) or (N, rows, columns, channels) with 2 spatial axes, (N, depth, rows, columns) or
-    (N, depth, rows, columns, channels) with 3. Labels are (N,) or (N, 1) classes, or (N, K) entries of a multi-label
-    problem; a part without labels is unlabelled.
+    (N, depth, rows, columns, channels) with 3; the channels may come second, too, if `channels` names them. Labels are
+    (N,) or (N, 1) classes, or (N, K) entries of a multi-label problem; a part without labels is unlabelled. Masks are
+    (N, *spatial), above 0 inside. `images`, `labels`, `patients` and `masks` without a part are divided later.
 
     Args:
         path: the file; pickled content is refused.
         spatial_dims: 2 or 3.
+        slices: arrays of one axis more than 2D images with channels have are volumes with channels, which are cut by
+            this rule; a slice has the class of its mask, without masks that of the volume. None: they are refused.
 
     Returns:
         images and labels as stored.
@@ -49,23 +54,54 @@ def read_npz(path: str | Path, spatial_dims: int = 2) -> Found:
             arrays = {key: content[key] for key in content.files}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"read_npz: cannot read '{path}': {error}") from error
-    parts = [key[: -len("_images")] for key in arrays if key.endswith("_images")]
-    if not parts:
+    prefixes = [key[: -len("images")] for key in arrays if key == "images" or key.endswith("_images")]
+    if not prefixes:
         raise ValueError(
-            f"read_npz: '{path}' has no train_images, val_images or test_images; it has {', '.join(arrays)}."
+            f"read_npz: '{path}' has no train_images, val_images, test_images or images; it has {', '.join(arrays)}."
         )
-    images = {part: _with_channels(arrays[f"{part}_images"], f"{part}_images", path, spatial_dims) for part in parts}
+    names = [str(name) for name in arrays["class_names"]] if "class_names" in arrays else None
+    cut = slices is not None and spatial_dims == 2 and all(arrays[f"{prefix}images"].ndim == 5 for prefix in prefixes)
+    channels = len(arrays["channels"]) if "channels" in arrays else None
+    images = {
+        prefix: _with_channels(arrays[f"{prefix}images"], f"{prefix}images", path, 3 if cut else spatial_dims, channels)
+        for prefix in prefixes
+    }
     shapes = {stack.shape[1:] for stack in images.values()}
     if len(shapes) > 1:
         raise ValueError(f"read_npz: the parts of '{path}' have images of different shapes: {sorted(shapes)}.")
-    records = [record for part in parts for record in _records(part, images[part], arrays, path)]
-    in_channels, *size = next(iter(shapes))
-    names = [str(name) for name in arrays["class_names"]] if "class_names" in arrays else None
-    first = images.get("train", images[parts[0]])
-    return Found(records, size, in_channels, IntensityRule.for_array(first), names)
+    records = [record for prefix in prefixes for record in _records(prefix, images[prefix], arrays, path)]
+    rule = IntensityRule.for_array(images.get("train_", images[prefixes[0]]))
+    if cut and slices is not None:
+        records = [one for record in records for one in _cut(record, slices, rule)]
+        if not records:
+            raise ValueError(f"read_npz: the volumes of '{path}' have no slices with anything in them.")
+        names = list(slices.classes) if any(record.mask is not None for record in records) else names
+    image = records[0].image
+    assert isinstance(image, np.ndarray)
+    return Found(records, image.shape[1:], len(image), rule, names)
 
 
-def _with_channels(stack: np.ndarray, key: str, path: Path, spatial_dims: int) -> np.ndarray:
+def _cut(record: Record, slices: SliceRule, rule: IntensityRule) -> list[Record]:
+    """The slices of one volume, each an image of its own."""
+    volume, mask = record.image, record.mask
+    assert isinstance(volume, np.ndarray)
+    assert mask is None or isinstance(mask, np.ndarray)
+    indices = slices.indices(rule(volume))
+    labels = dict.fromkeys(indices, record.label) if mask is None else slices.labels(mask[0] > 0, indices)
+    return [
+        replace(
+            record,
+            image=np.take(volume, index, axis=1 + slices.axis),
+            label=label,
+            name=f"{record.name}#slice_{index:03d}",
+            patient=record.patient or record.name,
+            mask=None if mask is None else np.take(mask, index, axis=1 + slices.axis),
+        )
+        for index, label in labels.items()
+    ]
+
+
+def _with_channels(stack: np.ndarray, key: str, path: Path, spatial_dims: int, channels: int | None) -> np.ndarray:
     """(N, C, *spatial) from how the file holds them."""
     if stack.ndim not in (spatial_dims + 1, spatial_dims + 2) or len(stack) == 0:
         axes = "depth, rows, columns" if spatial_dims == 3 else "rows, columns"
@@ -76,32 +112,43 @@ def _with_channels(stack: np.ndarray, key: str, path: Path, spatial_dims: int) -
     if np.issubdtype(stack.dtype, np.floating) and not np.isfinite(stack).all():
         bad = int(np.flatnonzero(~np.isfinite(stack.reshape(len(stack), -1)).all(axis=1))[0])
         raise ValueError(f"read_npz: image {bad} of {key} in '{path}' holds NaN or infinite values.")
-    return stack[:, None] if stack.ndim == spatial_dims + 1 else np.moveaxis(stack, -1, 1)
+    if stack.ndim == spatial_dims + 1:
+        return stack[:, None]
+    second = channels is not None and stack.shape[1] == channels != stack.shape[-1]
+    return stack if second else np.moveaxis(stack, -1, 1)
 
 
-def _records(part: str, images: np.ndarray, arrays: dict[str, np.ndarray], path: Path) -> list[Record]:
+def _records(prefix: str, images: np.ndarray, arrays: dict[str, np.ndarray], path: Path) -> list[Record]:
     count = len(images)
     labels: list[Any] = [None] * count
-    if f"{part}_labels" in arrays:
-        stored = arrays[f"{part}_labels"]
+    if f"{prefix}labels" in arrays:
+        stored = arrays[f"{prefix}labels"]
         stored = stored[:, 0] if stored.ndim == 2 and stored.shape[1] == 1 else stored
         if len(stored) != count or stored.ndim not in (1, 2):
             raise ValueError(
-                f"read_npz: {part}_labels in '{path}' has shape {stored.shape}, but there are {count} images."
+                f"read_npz: {prefix}labels in '{path}' has shape {stored.shape}, but there are {count} images."
             )
         labels = stored.tolist()
-    patients = arrays.get(f"{part}_patients")
+    patients = arrays.get(f"{prefix}patients")
     if patients is not None and patients.shape != (count,):
         raise ValueError(
-            f"read_npz: {part}_patients in '{path}' has shape {patients.shape}, but there are {count} images."
+            f"read_npz: {prefix}patients in '{path}' has shape {patients.shape}, but there are {count} images."
         )
+    masks = arrays.get(f"{prefix}masks")
+    if masks is not None and masks.shape != (count, *images.shape[2:]):
+        raise ValueError(
+            f"read_npz: {prefix}masks in '{path}' has shape {masks.shape}, but the images are "
+            f"{(count, *images.shape[2:])}."
+        )
+    part = canonical_part(prefix[:-1]) if prefix else None
     return [
         Record(
             image=images[n],
             label=labels[n],
-            name=f"{part}/{n:06d}",
-            part=canonical_part(part),
+            name=f"{prefix[:-1] or 'images'}/{n:06d}",
+            part=part,
             patient=None if patients is None else str(patients[n]),
+            mask=None if masks is None else masks[n][None],
         )
         for n in range(count)
     ]

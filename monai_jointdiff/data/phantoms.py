@@ -9,24 +9,26 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Chest-like phantoms with exactly known findings: a projection in 2D, a volume in 3D, from one scene.
+"""Phantoms with exactly known findings; chest-like ones: a projection in 2D, a volume in 3D, from one scene.
 
-A scene is a list of slabs (:mod:`monai_jointdiff.data.anatomy`). The volume holds, voxel by voxel, the density times
-the part of the voxel that a slab covers; the x-ray picture holds the integral of the density along the depth, which is
-density times thickness. The mean of a noise-free volume along its depth is therefore the noise-free picture of the same
-scene, exactly.
+The scene of a chest is a list of slabs (:mod:`monai_jointdiff.data.anatomy`). The volume holds, voxel by voxel, the
+density times the part of the voxel that a slab covers; the x-ray picture holds the integral of the density along the
+depth, which is density times thickness. The mean of a noise-free volume along its depth is therefore the noise-free
+picture of the same scene, exactly.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
 from monai_jointdiff.data.anatomy import Frame, Slab, Uniforms, anatomy, effusion, opacity
 
-__all__ = ["CHEST_CLASSES", "ChestPhantoms", "Phantom"]
+__all__ = ["CHEST_CLASSES", "ChestPhantoms", "Phantom", "Phantoms", "pixel_centers", "spread_matrix"]
 
 CHEST_CLASSES = ("normal", "opacity", "effusion")
 
@@ -40,9 +42,9 @@ class Phantom:
     """One phantom.
 
     Args:
-        image: (1, *spatial) uint8.
-        label: index into :data:`CHEST_CLASSES`.
-        mask: (1, *spatial) bool, where the finding changes the density; empty for a normal phantom.
+        image: (C, *spatial) uint8.
+        label: index into the `class_names` of the phantoms.
+        mask: (1, *spatial) bool, where the finding changes the image; empty for a normal phantom.
     """
 
     image: np.ndarray
@@ -50,16 +52,75 @@ class Phantom:
     mask: np.ndarray
 
 
-class ChestPhantoms:
-    """Chest-like phantoms, a function of (seed, index).
+class Phantoms(ABC):
+    """Images drawn by the program, a function of (seed, index), of which all is known.
+
+    The first class is the one without a finding. Anatomy, exposure and noise are the same whatever the label:
+    `phantoms(index, label=0)` is the healthy twin of `phantoms(index)` and equals it outside the mask.
+
+    Args:
+        spatial_dims: 2 or 3.
+        image_size: size of all axes, or one size per axis.
+        seed: seed of the whole set.
+
+    Raises:
+        ValueError: for other than 2 or 3 axes, sizes below 8, or a negative seed.
+    """
+
+    class_names: ClassVar[tuple[str, ...]]
+    in_channels: ClassVar[int]
+
+    def __init__(self, spatial_dims: int = 2, image_size: int | Sequence[int] = 32, seed: int = 0) -> None:
+        name = type(self).__name__
+        if spatial_dims not in (2, 3):
+            raise ValueError(f"{name}: spatial_dims must be 2 or 3, got {spatial_dims}.")
+        size = (image_size,) * spatial_dims if isinstance(image_size, int) else tuple(image_size)
+        if len(size) != spatial_dims or min(size) < 8:
+            raise ValueError(f"{name}: image_size must be {spatial_dims} numbers of at least 8, got {image_size}.")
+        if seed < 0:
+            raise ValueError(f"{name}: seed must be at least 0, got {seed}.")
+        self.spatial_dims = spatial_dims
+        self.image_size = size
+        self.seed = seed
+
+    @abstractmethod
+    def __call__(self, index: int, label: int | None = None) -> Phantom:
+        """Draw phantom number `index`.
+
+        Args:
+            index: number of the phantom, from 0.
+            label: draw this finding instead of the phantom's own.
+
+        Returns:
+            image, label and mask.
+
+        Raises:
+            ValueError: for a label that does not exist.
+        """
+
+    def label(self, index: int) -> int:
+        """Label of phantom number `index`, without drawing it."""
+        return self._chosen_label(self._generator(index).random())
+
+    def _generator(self, index: int) -> np.random.Generator:
+        return np.random.default_rng((self.seed, index))
+
+    def _chosen_label(self, number: float, label: int | None = None) -> int:
+        """The label that is asked for; without one the phantom's own, by its first random number."""
+        if label is None:
+            return int(len(self.class_names) * number)
+        if not 0 <= label < len(self.class_names):
+            raise ValueError(f"{type(self).__name__}: label must be in [0, {len(self.class_names)}), got {label}.")
+        return label
+
+
+class ChestPhantoms(Phantoms):
+    """Chest-like phantoms of one channel.
 
     Anatomy: trunk with shoulders, two lungs over a domed diaphragm, heart and aortic arch, spine, trachea, ribs,
     clavicles, vessels. Nuisance: shape of all of these, breast shadows, stomach gas, leads, side marker, rotation,
     scale, shift, exposure, contrast, gamma, noise. Findings: an *opacity* is a soft irregular blob inside one lung; an
     *effusion* is fluid at the bottom of one lung, with a level that rises toward the chest wall (meniscus).
-
-    Chest, exposure and noise are the same whatever the label: `phantoms(index, label=0)` is the healthy twin of
-    `phantoms(index)` and equals it outside the mask.
 
     Args:
         spatial_dims: 2 draws the frontal projection, 3 the volume; axes are (depth from front to back,) rows from head
@@ -78,27 +139,16 @@ class ChestPhantoms:
             print(CHEST_CLASSES[phantom.label], phantom.image.shape, phantom.mask.sum())
     """
 
+    class_names = CHEST_CLASSES
+    in_channels = 1
+
     def __init__(self, spatial_dims: int = 2, image_size: int | Sequence[int] = 32, seed: int = 0) -> None:
-        if spatial_dims not in (2, 3):
-            raise ValueError(f"ChestPhantoms: spatial_dims must be 2 or 3, got {spatial_dims}.")
-        size = (image_size,) * spatial_dims if isinstance(image_size, int) else tuple(image_size)
-        if len(size) != spatial_dims or min(size) < 8:
-            raise ValueError(
-                f"ChestPhantoms: image_size must be {spatial_dims} numbers of at least 8, got {image_size}."
-            )
-        if seed < 0:
-            raise ValueError(f"ChestPhantoms: seed must be at least 0, got {seed}.")
-        self.spatial_dims = spatial_dims
-        self.image_size = size
-        self.seed = seed
-        down, across = _centers(size[-2]), _centers(size[-1])
+        super().__init__(spatial_dims, image_size, seed)
+        size = self.image_size
+        down, across = pixel_centers(size[-2]), pixel_centers(size[-1])
         self._y, self._x = np.meshgrid(down, across, indexing="ij")
         self._edge = 2.0 / min(size[-2:])
-        self._textures = [(_spread(n, down), _spread(n, across).T) for n in _TEXTURE_POINTS]
-
-    def label(self, index: int) -> int:
-        """Label of phantom number `index`, without drawing it."""
-        return self._own_label(self._generator(index).random())
+        self._textures = [(spread_matrix(n, down), spread_matrix(n, across).T) for n in _TEXTURE_POINTS]
 
     def __call__(self, index: int, label: int | None = None) -> Phantom:
         """Draw phantom number `index`.
@@ -134,18 +184,10 @@ class ChestPhantoms:
         _, chest, finding = self._scene(self._generator(index), label)
         return self._render([*chest, *finding])
 
-    def _generator(self, index: int) -> np.random.Generator:
-        return np.random.default_rng((self.seed, index))
-
-    def _own_label(self, number: float) -> int:
-        return int(len(CHEST_CLASSES) * number)
-
     def _scene(self, generator: np.random.Generator, label: int | None) -> tuple[int, list[Slab], list[Slab]]:
         """Label, chest and finding; draws the same numbers whatever the label."""
-        if label is not None and not 0 <= label < len(CHEST_CLASSES):
-            raise ValueError(f"ChestPhantoms: label must be in [0, {len(CHEST_CLASSES)}), got {label}.")
         own, *shape = generator.random(1 + 2 * _SHAPE_NUMBERS).tolist()
-        label = self._own_label(own) if label is None else label
+        label = self._chosen_label(own, label)
         coarse, fine = (
             down @ generator.standard_normal((n, n), dtype=np.float32) @ across
             for n, (down, across) in zip(_TEXTURE_POINTS, self._textures, strict=True)
@@ -189,13 +231,21 @@ class ChestPhantoms:
         return np.clip(255.0 * image + 0.5, 0.0, 255.0).astype(np.uint8)
 
 
-def _centers(count: int) -> np.ndarray:
-    """Centers of `count` pixels that cover [-1, 1]."""
+def pixel_centers(count: int) -> np.ndarray:
+    """Centers of `count` pixels that cover [-1, 1], (count,) float32."""
     return ((2 * np.arange(count) + 1) / count - 1).astype(np.float32)
 
 
-def _spread(points: int, positions: np.ndarray) -> np.ndarray:
-    """(positions, points) matrix that spreads white noise at control points to a smooth field of unit variance."""
+def spread_matrix(points: int, positions: np.ndarray) -> np.ndarray:
+    """From white noise at control points to a smooth random field along one axis.
+
+    Args:
+        points: number of control points.
+        positions: (N,) where the field is wanted, in [-1, 1].
+
+    Returns:
+        (N, points) float32, its rows of unit norm, so that the field has unit variance.
+    """
     knots = np.linspace(-1.1, 1.1, points, dtype=np.float32)
     weights = np.exp(-0.5 * np.square((positions[:, None] - knots) / (0.9 * (knots[1] - knots[0]))))
     return (weights / np.linalg.norm(weights, axis=1, keepdims=True)).astype(np.float32)

@@ -23,7 +23,8 @@ NRRD, MetaImage       `ITKReader`
 
 Volumes whose header knows the patient are brought to axial order: depth from the feet to the head, rows from front to
 back, columns from the patient's right to the left, as a radiologist sees axial slices. Pictures (2D) stay as they are
-stored.
+stored. An image may lie in several files of one channel each, and a 2D image may be a slice of a volume
+(:class:`~monai_jointdiff.data.volumes.ImageFiles`).
 """
 
 from __future__ import annotations
@@ -32,23 +33,26 @@ import warnings
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
-from monai.data import ITKReader, NibabelReader, PILReader
+from monai.data import ITKReader, MetaTensor, NibabelReader, PILReader, to_affine_nd
 from monai.data.image_reader import ImageReader
 from monai.utils import optional_import
 
 from monai_jointdiff.data.intensity import IntensityRule
+from monai_jointdiff.data.volumes import ImageFiles
 
 __all__ = [
+    "Correction",
     "ImagePreprocessing",
     "has_image_suffix",
     "image_size_tuple",
     "is_dicom",
     "is_gray",
     "read_image",
+    "read_volume",
     "resize_and_pad",
 ]
 
@@ -69,13 +73,44 @@ _PIL_MODES = {
 _LUMINANCE = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601
 _COLORED = 16.0 / 255.0  # spread between channels, as a share of the range, from which a pixel counts as colored
 _MARKINGS = 0.05  # share of colored pixels up to which an image is a gray one with markings burnt in
+_APART = 0.5  # pixels by which two files of one image may lie apart
+_KEPT_VOLUMES = 2  # volumes that stay in memory, in each process, while slices are cut from them
+
+
+class Correction(Protocol):
+    """What is done to the values of an image, as stored, before the intensity rule.
+
+    :class:`~monai_jointdiff.transforms.N4BiasFieldCorrection` is one.
+    """
+
+    def __call__(self, img: Any) -> Any:
+        """From a MetaTensor (C, *spatial) to the corrected one."""
+
+    def __hash__(self) -> int: ...
+
+    def as_dict(self) -> dict[str, Any]:
+        """The arguments it was made with."""
 
 
 class _Stored(NamedTuple):
-    """An image as it is stored, in canonical order."""
+    """An image in canonical order."""
 
     array: np.ndarray  # (C, *spatial)
-    spacing: tuple[float, ...]  # size of a pixel along each spatial axis; only ratios matter
+    affine: np.ndarray  # (4, 4), from (depth, row, column) or (row, column, 0) to mm toward right, front, head
+    in_patient: bool = False  # whether the header knows the patient
+
+    @property
+    def spacing(self) -> tuple[float, ...]:
+        """Size of a pixel along each spatial axis; only ratios matter."""
+        lengths = np.linalg.norm(self.affine[:3, : self.array.ndim - 1], axis=0)
+        return tuple(float(s) if np.isfinite(s) and s > 0 else 1.0 for s in lengths)
+
+    def slice(self, axis: int, index: int) -> _Stored:
+        """The slice of a volume, in its place."""
+        rest = [n for n in range(3) if n != axis]
+        affine = self.affine[:, [*rest, axis, 3]]
+        affine[:, 3] += index * self.affine[:, axis]
+        return self._replace(array=np.take(self.array, index, axis=1 + axis), affine=affine)
 
 
 def has_image_suffix(path: str | Path) -> bool:
@@ -114,15 +149,36 @@ def read_image(path: str | Path, spatial_dims: int = 2, in_channels: int | None 
     return _read(path, spatial_dims, in_channels).array
 
 
-def _read(path: str | Path, spatial_dims: int, in_channels: int | None) -> _Stored:
+def read_volume(files: ImageFiles) -> np.ndarray | None:
+    """Read the volume that slices are to be cut from.
+
+    Args:
+        files: its files; if these are one picture (JPEG, PNG, ...), nothing is read.
+
+    Returns:
+        (C, depth, rows, columns) as stored; None if the image has no third axis, or only one slice along an axis.
+
+    Raises:
+        ValueError: when a file is missing or cannot be read, or the files do not belong together; the message names
+            the file.
+    """
+    if str(files.paths[0]).lower().endswith(_PICTURES):
+        return None
+    array = _read_together(files.paths, None, None).array
+    return array if array.ndim == 4 and min(array.shape[1:]) > 1 else None
+
+
+def _read(path: str | Path, spatial_dims: int | None, in_channels: int | None) -> _Stored:
     path = Path(path)
     try:
         if not path.exists():
             raise ValueError("there is no such file")
         stored = _picture(path) if path.name.lower().endswith(_PICTURES) else _volume(path, spatial_dims)
-        if stored.array.ndim != spatial_dims + 1:
+        if spatial_dims is not None and stored.array.ndim != spatial_dims + 1:
+            hint = "; slices are cut from volumes where slice_axis says so" if stored.array.ndim == 4 else ""
             raise ValueError(
                 f"it has {stored.array.ndim - 1} spatial axes {stored.array.shape[1:]}, spatial_dims is {spatial_dims}"
+                + hint
             )
         if stored.array.size == 0:
             raise ValueError(f"it has no pixels (shape {stored.array.shape})")
@@ -131,6 +187,35 @@ def _read(path: str | Path, spatial_dims: int, in_channels: int | None) -> _Stor
         return stored._replace(array=_with_channels(stored.array, in_channels))
     except Exception as error:  # readers raise whatever they like, and mostly without the file's name
         raise ValueError(f"read_image: cannot use '{path}': {_one_line(error)}") from error
+
+
+def _read_together(paths: Sequence[Path], spatial_dims: int | None, in_channels: int | None) -> _Stored:
+    """An image in one file, or in several of one channel each."""
+    if len(paths) == 1:
+        return _read(paths[0], spatial_dims, in_channels)
+    if in_channels not in (None, len(paths)):
+        raise ValueError(
+            f"read_image: {len(paths)} files ({paths[0]}, ...) make {len(paths)} channels, not {in_channels}."
+        )
+    channels = [_read(path, spatial_dims, 1) for path in paths]
+    for path, channel in zip(paths[1:], channels[1:], strict=True):
+        _check_same_place(path, channel, paths[0], channels[0])
+    return channels[0]._replace(array=np.concatenate([channel.array for channel in channels]))
+
+
+def _check_same_place(path: Path | str, stored: _Stored, other_path: Path | str, other: _Stored) -> None:
+    """Refuse two files of one image that differ in their spatial size, or lie elsewhere in the patient."""
+    shape, right = stored.array.shape[1:], other.array.shape[1:]
+    if shape != right:
+        raise ValueError(f"read_image: cannot use '{path}': its shape is {shape}, that of '{other_path}' is {right}.")
+    if stored.in_patient and other.in_patient:
+        apart = np.abs(stored.affine - other.affine)[:3]
+        farthest = apart[:, : len(shape)] @ np.array(shape) + apart[:, 3]
+        if (farthest > _APART * min(other.spacing)).any():
+            raise ValueError(
+                f"read_image: cannot use '{path}': its header places it up to {farthest.max():.3g} mm away from "
+                f"'{other_path}'."
+            )
 
 
 def _one_line(error: Exception) -> str:
@@ -143,10 +228,10 @@ def _picture(path: Path) -> _Stored:
     reader = PILReader(converter=lambda image: image.convert(_PIL_MODES.get(image.mode, image.mode)))
     array, _ = reader.get_data(reader.read(path))
     array = array[..., None] if array.ndim == 2 else array
-    return _Stored(np.ascontiguousarray(array.transpose(2, 1, 0)), (1.0, 1.0))
+    return _Stored(np.ascontiguousarray(array.transpose(2, 1, 0)), np.eye(4))
 
 
-def _volume(path: Path, spatial_dims: int) -> _Stored:
+def _volume(path: Path, spatial_dims: int | None) -> _Stored:
     """DICOM, NIfTI, NRRD, MetaImage: (columns, rows[, depth][, channels])."""
     reader: ImageReader = NibabelReader() if path.name.lower().endswith(_NIFTI) else ITKReader()
     with warnings.catch_warnings():
@@ -155,17 +240,18 @@ def _volume(path: Path, spatial_dims: int) -> _Stored:
     array = _native(array)
     has_channels = isinstance(meta.get("original_channel_dim"), int)
     array = np.moveaxis(array, -1, 0) if has_channels else array[None]
-    affine = np.asarray(meta["affine"], dtype=float)
-    if spatial_dims == 3 and array.ndim == 4 and _knows_the_patient(meta):
+    affine = to_affine_nd(3, np.asarray(meta["affine"], dtype=float))
+    in_patient = _knows_the_patient(meta)
+    if spatial_dims != 2 and array.ndim == 4 and in_patient:
         array, affine = _to_axial(array, affine)
-    spacing = np.linalg.norm(affine[:3, :3], axis=0)[: array.ndim - 1]
-    single = [axis for axis in range(1, array.ndim) if array.shape[axis] == 1]
+    axes = list(range(array.ndim - 1))
+    single = [axis for axis in axes if array.shape[1 + axis] == 1]
     if spatial_dims == 2 and array.ndim == 4 and single:
-        array, spacing = array.squeeze(single[-1]), np.delete(spacing, single[-1] - 1)
+        array = array.squeeze(1 + single[-1])
+        axes.remove(single[-1])
+    order = [*reversed(axes), *(axis for axis in range(3) if axis not in axes), 3]
     array = array.transpose(0, *range(array.ndim - 1, 0, -1))
-    return _Stored(
-        np.ascontiguousarray(array), tuple(float(s) if np.isfinite(s) and s > 0 else 1.0 for s in spacing[::-1])
-    )
+    return _Stored(np.ascontiguousarray(array), affine[:, order], in_patient)
 
 
 def _native(array: np.ndarray) -> np.ndarray:
@@ -209,12 +295,14 @@ class ImagePreprocessing:
 
     The image is scaled to fit into `image_size` with its aspect kept (the physical one where the header gives the size
     of a pixel) and padded evenly with -1. Scaling down averages over the pixels that fall together (triangle filter).
+    A slice has the intensities of its volume; the last volumes that slices were cut from stay in memory.
 
     Args:
         spatial_dims: 2 or 3.
         image_size: rows, columns or depth, rows, columns; one number is used for all axes.
         in_channels: channels of the result.
         intensity: rule, or the arguments of one. None: :class:`IntensityRule`'s defaults.
+        correction: done to the stored values first, of slices to the whole volume.
 
     Raises:
         ValueError: when the sizes are not `spatial_dims` positive numbers.
@@ -233,53 +321,168 @@ class ImagePreprocessing:
         image_size: int | Sequence[int],
         in_channels: int = 1,
         intensity: IntensityRule | Mapping[str, Any] | None = None,
+        correction: Correction | None = None,
     ) -> None:
         self.spatial_dims = spatial_dims
         self.image_size = image_size_tuple(image_size, spatial_dims)
         self.in_channels = in_channels
         rule = {} if intensity is None else intensity
         self.intensity = rule if isinstance(rule, IntensityRule) else IntensityRule.from_dict(rule)
+        self.correction = correction
 
     @classmethod
-    def from_description(cls, description: Mapping[str, Any]) -> ImagePreprocessing:
+    def from_description(
+        cls, description: Mapping[str, Any], correction: Correction | None = None
+    ) -> ImagePreprocessing:
         """The preprocessing of a trained model.
 
         Args:
             description: `ImageSource.description()`, as stored in `model.json`.
+            correction: what the description calls `bias_correction`, if it has one.
 
         Returns:
             the preprocessing, without the training data.
-        """
-        return cls(*(description[key] for key in ("spatial_dims", "image_size", "in_channels", "intensity")))
 
-    def __call__(self, image: str | Path | np.ndarray) -> torch.Tensor:
+        Raises:
+            ValueError: when the model was trained on corrected images and there is no correction, or the reverse.
+        """
+        wanted = description.get("bias_correction")
+        given = None if correction is None else correction.as_dict()
+        if wanted != given:
+            raise ValueError(
+                f"ImagePreprocessing: the model was trained with bias_correction {wanted}, got correction {given}; "
+                "engines.preprocessing_of_model makes the right one."
+            )
+        keys = ("spatial_dims", "image_size", "in_channels", "intensity")
+        return cls(**{key: description[key] for key in keys}, correction=correction)
+
+    def without_correction(self) -> ImagePreprocessing:
+        """The same without the correction: enough to find out whether images can be read."""
+        return ImagePreprocessing(self.spatial_dims, self.image_size, self.in_channels, self.intensity)
+
+    def __call__(self, image: str | Path | ImageFiles | np.ndarray) -> torch.Tensor:
         """Prepare one image.
 
         Args:
-            image: a file, or a (C, *spatial) array with values as stored.
+            image: a file, several files, a slice of these, or a (C, *spatial) array with values as stored.
 
         Returns:
-            (C, *image_size) float32 in [-1, 1].
+            (C, *image_size) float32 in [-1, 1]. From files it is a MetaTensor, whose affine (4, 4) takes (depth, row,
+            column), or (row, column, 0) in 2D, to millimetres toward the patient's right, front and head; of pictures,
+            to pixels of the file.
 
         Raises:
             ValueError: when the image cannot be used; the message names the file.
         """
-        if isinstance(image, np.ndarray):
-            return self._prepare(_Stored(image, (1.0,) * self.spatial_dims))
-        stored = _read(image, self.spatial_dims, self.in_channels)
-        try:
-            return self._prepare(stored)
-        except ValueError as error:
-            raise ValueError(f"ImagePreprocessing: cannot use '{image}': {_one_line(error)}") from error
+        return self._fit(self._load(image), isinstance(image, np.ndarray))
 
-    def _prepare(self, stored: _Stored) -> torch.Tensor:
-        if stored.array.ndim != self.spatial_dims + 1 or len(stored.array) != self.in_channels:
-            raise ValueError(
-                f"ImagePreprocessing: needs ({self.in_channels}, {'depth, ' * (self.spatial_dims - 2)}rows, columns), "
-                f"got shape {stored.array.shape}."
-            )
-        image = resize_and_pad(self.intensity(stored.array), self.image_size, stored.spacing)
-        return torch.from_numpy(np.ascontiguousarray(image))
+    def with_mask(
+        self, image: str | Path | ImageFiles | np.ndarray, mask: str | Path | ImageFiles | np.ndarray
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Prepare one image and the mask drawn on it.
+
+        Args:
+            image: as in :meth:`__call__`.
+            mask: files, or a (1, *spatial) array, above 0 inside, of the spatial shape of the image.
+
+        Returns:
+            the image, and the mask (1, *image_size) bool of the pixels of which it covers half.
+
+        Raises:
+            ValueError: when one of them cannot be used, or they do not belong together; the message names the file.
+        """
+        stored = self._load(image)
+        if isinstance(mask, np.ndarray):
+            drawn = _Stored(mask > 0, np.eye(4))
+        else:
+            drawn = _read_slice(_as_files(mask), self.spatial_dims, 1, None, None)
+            drawn = drawn._replace(array=drawn.array > 0)
+        named = [str(each) if not isinstance(each, np.ndarray) else "an array" for each in (mask, image)]
+        _check_same_place(named[0], drawn, named[1], stored)
+        covered = resize_and_pad(drawn.array.astype(np.float32), self.image_size, stored.spacing, fill=0.0)
+        return self._fit(stored, isinstance(image, np.ndarray)), torch.from_numpy(covered >= 0.5)
+
+    def _load(self, image: str | Path | ImageFiles | np.ndarray) -> _Stored:
+        """The image with intensities in [-1, 1], in its own size."""
+        if isinstance(image, np.ndarray):
+            if image.ndim != self.spatial_dims + 1 or len(image) != self.in_channels:
+                raise ValueError(
+                    f"ImagePreprocessing: needs ({self.in_channels}, {'depth, ' * (self.spatial_dims - 2)}rows, "
+                    f"columns), got shape {image.shape}."
+                )
+            return _scale(_Stored(image, np.eye(4)), self.intensity, self.correction)
+        return _read_slice(_as_files(image), self.spatial_dims, self.in_channels, self.intensity, self.correction)
+
+    def _fit(self, stored: _Stored, is_array: bool) -> torch.Tensor:
+        image = torch.from_numpy(np.ascontiguousarray(resize_and_pad(stored.array, self.image_size, stored.spacing)))
+        if is_array:
+            return image
+        grid = _grid(stored.array.shape[1:], self.image_size, stored.spacing)
+        return MetaTensor(image, affine=torch.from_numpy(stored.affine @ grid))
+
+
+def _as_files(image: str | Path | ImageFiles) -> ImageFiles:
+    return image if isinstance(image, ImageFiles) else ImageFiles((Path(image),))
+
+
+def _scale(stored: _Stored, intensity: IntensityRule | None, correction: Correction | None) -> _Stored:
+    """Correct and scale the intensities of a whole image."""
+    array = stored.array if correction is None else _corrected(stored, correction, intensity)
+    return stored if intensity is None else stored._replace(array=intensity(array))
+
+
+def _corrected(stored: _Stored, correction: Correction, intensity: IntensityRule | None) -> np.ndarray:
+    """The corrected values, in the range that the rule knows for values stored like this."""
+    image = MetaTensor(torch.from_numpy(stored.array.astype(np.float32)), affine=torch.from_numpy(stored.affine))
+    array = correction(image).numpy()
+    if stored.array.dtype == np.uint8:
+        return np.clip(np.rint(array), 0, 255).astype(np.uint8)
+    known = intensity is not None and intensity.float_range is not None
+    return np.clip(array, stored.array.min(), stored.array.max()) if known else array
+
+
+def _read_slice(
+    files: ImageFiles,
+    spatial_dims: int,
+    in_channels: int | None,
+    intensity: IntensityRule | None,
+    correction: Correction | None,
+) -> _Stored:
+    """An image of files, or a slice of such a volume, with intensities in [-1, 1]; without a rule as stored."""
+    axis = files.slice_axis
+    if axis is None:
+        return _scaled(files.paths, spatial_dims, in_channels, intensity, correction)
+    changed = tuple(path.stat().st_mtime_ns if path.exists() else 0 for path in files.paths)
+    volume = _scaled_volume(files.paths, changed, in_channels, intensity, correction)
+    count = volume.array.shape[1 + axis]
+    if not 0 <= files.index < count:
+        raise ValueError(f"ImagePreprocessing: cannot use '{files}': it has {count} slices along axis {axis}.")
+    return volume.slice(axis, files.index)
+
+
+@lru_cache(maxsize=_KEPT_VOLUMES)
+def _scaled_volume(
+    paths: tuple[Path, ...],
+    changed: tuple[int, ...],  # times, so that a file that was written anew is read anew
+    in_channels: int | None,
+    intensity: IntensityRule | None,
+    correction: Correction | None,
+) -> _Stored:
+    return _scaled(paths, 3, in_channels, intensity, correction)
+
+
+def _scaled(
+    paths: tuple[Path, ...],
+    spatial_dims: int,
+    in_channels: int | None,
+    intensity: IntensityRule | None,
+    correction: Correction | None,
+) -> _Stored:
+    stored = _read_together(paths, spatial_dims, in_channels)
+    try:
+        return _scale(stored, intensity, correction)
+    except ValueError as error:
+        raise ValueError(f"ImagePreprocessing: cannot use '{ImageFiles(paths)}': {_one_line(error)}") from error
 
 
 def image_size_tuple(image_size: int | Sequence[int], spatial_dims: int) -> tuple[int, ...]:
@@ -315,16 +518,30 @@ def resize_and_pad(image: np.ndarray, size: Sequence[int], spacing: Sequence[flo
     Returns:
         (C, *size) float32.
     """
-    extents = [n * s for n, s in zip(image.shape[1:], spacing, strict=True)]
-    scale = min(n / extent for n, extent in zip(size, extents, strict=True))
-    inner = [min(n, max(1, round(extent * scale))) for n, extent in zip(size, extents, strict=True)]
+    inner, before = _layout(image.shape[1:], size, spacing)
     for axis, count in enumerate(inner, start=1):
         if image.shape[axis] != count:
             weights = _triangle_filter(image.shape[axis], count)
             image = np.moveaxis(np.tensordot(weights, image, axes=(1, axis)), 0, axis)
-    before = [(n - count) // 2 for n, count in zip(size, inner, strict=True)]
     padding = [(b, n - count - b) for b, n, count in zip(before, size, inner, strict=True)]
     return np.pad(image, [(0, 0), *padding], constant_values=fill) if any(map(any, padding)) else image
+
+
+def _layout(given: Sequence[int], size: Sequence[int], spacing: Sequence[float]) -> tuple[list[int], list[int]]:
+    """Size of the scaled image along each axis, and the padding before it."""
+    extents = [n * s for n, s in zip(given, spacing, strict=True)]
+    scale = min(n / extent for n, extent in zip(size, extents, strict=True))
+    inner = [min(n, max(1, round(extent * scale))) for n, extent in zip(size, extents, strict=True)]
+    return inner, [(n - count) // 2 for n, count in zip(size, inner, strict=True)]
+
+
+def _grid(given: Sequence[int], size: Sequence[int], spacing: Sequence[float]) -> np.ndarray:
+    """(4, 4) from pixels of the fitted image to those of the given one, centers at whole numbers."""
+    grid = np.eye(4)
+    for axis, (n, inner, before) in enumerate(zip(given, *_layout(given, size, spacing), strict=True)):
+        grid[axis, axis] = n / inner
+        grid[axis, 3] = (0.5 - before) * n / inner - 0.5
+    return grid
 
 
 @lru_cache(maxsize=64)

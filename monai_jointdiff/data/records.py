@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from monai_jointdiff.data.intensity import IntensityRule
+from monai_jointdiff.data.volumes import ImageFiles
 
 __all__ = ["Found", "Record"]
 
@@ -30,18 +31,20 @@ class Record:
     """One image as a reader found it.
 
     Args:
-        image: file, or (C, *spatial) array as stored.
+        image: files, or (C, *spatial) array as stored.
         label: as stored; None where there is none.
         name: relative to what the user named.
         part: canonical part, or None.
         patient: patient, or None.
+        mask: where the finding is: files, or (1, *spatial) array, above 0 inside; None where it is not known.
     """
 
-    image: Path | np.ndarray
+    image: Path | ImageFiles | np.ndarray
     label: Any
     name: str
     part: str | None = None
     patient: str | None = None
+    mask: Path | ImageFiles | np.ndarray | None = None
 
 
 @dataclass(frozen=True)

@@ -23,17 +23,20 @@ import numpy as np
 import torch
 from monai.transforms import Compose, Transform
 
+from monai_jointdiff.data.brain_phantoms import BrainPhantoms
 from monai_jointdiff.data.folder import read_folder
 from monai_jointdiff.data.intensity import IntensityRule
 from monai_jointdiff.data.labels import encode_labels
 from monai_jointdiff.data.medmnist import download_medmnist
 from monai_jointdiff.data.npz import read_npz
-from monai_jointdiff.data.phantoms import CHEST_CLASSES, ChestPhantoms
-from monai_jointdiff.data.reading import ImagePreprocessing, image_size_tuple
+from monai_jointdiff.data.phantoms import ChestPhantoms, Phantoms
+from monai_jointdiff.data.reading import Correction, ImagePreprocessing, image_size_tuple
 from monai_jointdiff.data.splits import complete_parts
+from monai_jointdiff.data.volumes import SliceRule
 
-__all__ = ["ImageSource", "PrepareItem", "open_source"]
+__all__ = ["ImageSource", "PrepareItem", "make_phantoms", "open_source"]
 
+PHANTOMS: dict[str, type[Phantoms]] = {"brain": BrainPhantoms, "chest": ChestPhantoms}
 PARTS = ("train", "val", "test")
 PHANTOM_COUNTS = (6000, 300, 600)
 _MEDMNIST = "medmnist:"
@@ -47,7 +50,7 @@ class PrepareItem(Transform):
         phantoms: draws the images whose item holds a number.
     """
 
-    def __init__(self, prepare: ImagePreprocessing, phantoms: ChestPhantoms | None = None) -> None:
+    def __init__(self, prepare: ImagePreprocessing, phantoms: Phantoms | None = None) -> None:
         self.prepare = prepare
         self.phantoms = phantoms
 
@@ -55,11 +58,12 @@ class PrepareItem(Transform):
         """Prepare one item.
 
         Args:
-            item: `image` (a file, an array, or the number of a phantom), `label`, `name`.
+            item: `image` (files, an array, or the number of a phantom), `label`, `name`, and `mask` (files or an
+                array) if there is one.
 
         Returns:
-            `image` (C, *spatial) float32, `label` (an integer, or K entries), `name`; for phantoms also `mask`,
-            (1, *spatial) bool, where the finding is.
+            `image` (C, *spatial) float32, a MetaTensor if it comes from files; `label` (an integer, or K entries);
+            `name`; of phantoms and items with a mask also `mask`, (1, *spatial) bool, where the finding is.
 
         Raises:
             ValueError: when the image cannot be used; the message names it.
@@ -69,6 +73,9 @@ class PrepareItem(Transform):
             prepared["label"] = torch.tensor(item["label"], dtype=torch.float32)
         else:
             prepared["label"] = torch.tensor(int(item["label"]))
+        if item.get("mask") is not None:
+            prepared["image"], prepared["mask"] = self.prepare.with_mask(item["image"], item["mask"])
+            return prepared
         if self.phantoms is None or not isinstance(item["image"], int):
             prepared["image"] = self.prepare(item["image"])
             return prepared
@@ -83,12 +90,13 @@ class ImageSource:
 
     Args:
         name: what it is, without absolute paths.
-        items: for `train`, `val` and `test` a list of items with `image`, `label` and `name`.
+        items: for `train`, `val` and `test` a list of items with `image`, `label` and `name`, and `mask` if all have
+            one.
         class_names: names in the order of the labels.
         multi_label: an image may have several labels.
         prepare: reads, scales and pads.
         phantoms: draws the images, if they are phantoms.
-        opened_with: seed and columns, on which the division into parts depends.
+        opened_with: the options of :func:`open_source` that say which images there are and how they are divided.
     """
 
     name: str
@@ -96,7 +104,7 @@ class ImageSource:
     class_names: list[str]
     multi_label: bool
     prepare: ImagePreprocessing
-    phantoms: ChestPhantoms | None = None
+    phantoms: Phantoms | None = None
     opened_with: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -143,7 +151,8 @@ class ImageSource:
         return Compose([PrepareItem(self.prepare, self.phantoms)])
 
     def description(self) -> dict[str, Any]:
-        """What inference has to know about the data, ready for JSON: classes, size, channels, intensity rule."""
+        """What inference has to know about the data, ready for JSON: classes, size, channels, intensities."""
+        correction = self.prepare.correction
         return {
             "class_names": list(self.class_names),
             "multi_label": self.multi_label,
@@ -151,6 +160,7 @@ class ImageSource:
             "image_size": list(self.image_size),
             "in_channels": self.in_channels,
             "intensity": self.prepare.intensity.as_dict(),
+            "bias_correction": None if correction is None else correction.as_dict(),
             "opened_with": dict(self.opened_with),
         }
 
@@ -175,16 +185,17 @@ class ImageSource:
         return {**{name: found[k] for k, name in enumerate(self.class_names)}, "unlabelled": found[-1]}
 
     def preflight(self) -> None:
-        """Read every image once.
+        """Read every image once, with its mask, and leave out the correction.
 
         Raises:
             ValueError: naming all images that cannot be used, each with the reason.
         """
         bad = []
         if self.phantoms is None:
+            read = PrepareItem(self.prepare.without_correction())
             for item in (item for part in PARTS for item in self.items[part]):
                 try:
-                    self.prepare(item["image"])
+                    read(item)
                 except ValueError as error:
                     bad.append(f"  {item['name']}: {error}")
         if bad:
@@ -220,6 +231,26 @@ class ImageSource:
         return replace(self, items={**self.items, "train": train})
 
 
+def make_phantoms(kind: str, spatial_dims: int, image_size: int | Sequence[int], seed: int = 0) -> Phantoms:
+    """The phantoms that a program draws when it is given no images.
+
+    Args:
+        kind: `chest` or `brain`.
+        spatial_dims: 2 or 3.
+        image_size: size of all axes, or one size per axis.
+        seed: seed of the whole set.
+
+    Returns:
+        draws the image with a given number.
+
+    Raises:
+        ValueError: for an unknown kind, or sizes that are not right.
+    """
+    if kind not in PHANTOMS:
+        raise ValueError(f"make_phantoms: phantoms must be one of {', '.join(PHANTOMS)}, got {kind!r}.")
+    return PHANTOMS[kind](spatial_dims, image_size_tuple(image_size, spatial_dims), seed)
+
+
 def open_source(
     dataset_dir: str | int | Path | None = None,
     *,
@@ -227,14 +258,22 @@ def open_source(
     image_size: int | Sequence[int] | None = None,
     class_names: Sequence[str] | None = None,
     seed: int = 0,
-    image_column: str = "file",
+    image_column: str | Sequence[str] = "file",
     label_column: str | Sequence[str] = "label",
     split_column: str = "split",
     patient_column: str = "patient",
+    mask_column: str | None = None,
     label_list: str | Path | None = None,
     in_channels: int | None = None,
     intensity: IntensityRule | Mapping[str, Any] | None = None,
+    correction: Correction | None = None,
     multi_label: bool | None = None,
+    slice_axis: int | None = None,
+    slice_every: int = 1,
+    min_foreground: float = 0.25,
+    min_mask_pixels: int = 10,
+    mask_classes: Sequence[str] = ("absent", "present"),
+    phantoms: str = "chest",
     phantom_counts: Sequence[int] = PHANTOM_COUNTS,
 ) -> ImageSource:
     """Open a data set; what `dataset_dir` is decides the reader.
@@ -246,14 +285,26 @@ def open_source(
         image_size: one number or one per axis. None: that of the `.npz`, 32 for phantoms, 64 (2D) or 32 (3D) for files.
         class_names: names in the order of the labels. None: from the data.
         seed: of the phantoms, and of parts that are drawn.
-        image_column: column of the CSV with the file, relative to the folder.
+        image_column: column of the CSV with the file, relative to the folder; or several (also joined by commas), one
+            for each channel.
         label_column: column with the label, or several (0/1 each) for multi-label data.
         split_column: column with the part, if there is one.
         patient_column: column with the patient, if there is one; no patient is in two parts.
+        mask_column: column with the file of the mask; None: there are no masks.
         label_list: text file naming the training images whose labels are used.
         in_channels: channels of the result. None: from the data.
-        intensity: rule, or its arguments. None: from the data.
+        intensity: rule, or those of its arguments that are not to come from the data. None: from the data.
+        correction: done to the values as stored, such as :class:`~monai_jointdiff.transforms.N4BiasFieldCorrection`.
         multi_label: an image may have several labels, even if none of these has. None: from the data.
+        slice_axis: with 2 spatial dims, cut volumes across this axis (0: axial, 1: coronal, 2: sagittal slices); 2D
+            images stay whole. None: volumes are refused.
+        slice_every: take one slice in so many.
+        min_foreground: foreground that a slice must have, as a share of the largest in its volume.
+        min_mask_pixels: pixels of the mask from which a slice counts as the second of `mask_classes`; slices with
+            fewer, but some, are left out.
+        mask_classes: names of slices without and with something in the mask; without a mask a slice has the label of
+            its volume.
+        phantoms: which to draw, `chest` or `brain`.
         phantom_counts: phantoms in train, val and test.
 
     Returns:
@@ -262,16 +313,33 @@ def open_source(
     Raises:
         ValueError: when it cannot be read, or its content is not as it should be.
     """
+    opened_with: dict[str, Any] = {
+        "seed": seed,
+        "image_column": _plain(image_column),
+        "label_column": _plain(label_column),
+        "split_column": split_column,
+        "patient_column": patient_column,
+        "mask_column": mask_column,
+        "slice_axis": slice_axis,
+        "slice_every": slice_every,
+        "min_foreground": min_foreground,
+        "min_mask_pixels": min_mask_pixels,
+        "mask_classes": list(mask_classes),
+        "phantoms": phantoms,
+        "phantom_counts": list(phantom_counts),
+    }
     if dataset_dir is None:
-        source = _phantoms(spatial_dims, 32 if image_size is None else image_size, class_names, seed, phantom_counts)
-        return source.with_label_list(label_list)
+        drawn = make_phantoms(phantoms, spatial_dims, 32 if image_size is None else image_size, seed)
+        source = _phantom_source(drawn, class_names, phantom_counts, _merged(IntensityRule(), intensity), correction)
+        return replace(source, opened_with=opened_with).with_label_list(label_list)
     text = str(dataset_dir)
     path = download_medmnist(text[len(_MEDMNIST) :], image_size) if text.startswith(_MEDMNIST) else Path(text)
+    slices = SliceRule.from_options(opened_with) if spatial_dims == 2 else None
     if path.is_dir():
-        columns = (image_column, label_column, split_column, patient_column)
-        found = read_folder(path, spatial_dims, *columns)
+        columns = (image_column, label_column, split_column, patient_column, mask_column)
+        found = read_folder(path, spatial_dims, *columns, slices)
     elif path.is_file() and path.suffix == ".npz":
-        found = read_npz(path, spatial_dims)
+        found = read_npz(path, spatial_dims, slices)
     elif path.exists():
         raise ValueError(f"open_source: {path} is neither a folder nor an .npz file.")
     else:
@@ -289,46 +357,51 @@ def open_source(
     keys = [tuple(label) if isinstance(label, list) else label for label in encoded.labels]
     parts = complete_parts([record.part for record in records], keys, groups, seed)
     items: dict[str, list[dict[Hashable, Any]]] = {part: [] for part in PARTS}
+    with_masks = all(record.mask is not None for record in records)
     for record, label, part in zip(records, encoded.labels, parts, strict=True):
-        items[part].append({"image": record.image, "label": label, "name": record.name})
+        item: dict[Hashable, Any] = {"image": record.image, "label": label, "name": record.name}
+        items[part].append({**item, "mask": record.mask} if with_masks else item)
     prepare = ImagePreprocessing(
         spatial_dims,
         image_size_tuple(found.image_size if image_size is None else image_size, spatial_dims),
         found.in_channels if in_channels is None else in_channels,
-        found.intensity if intensity is None else intensity,
+        _merged(found.intensity, intensity),
+        correction,
     )
     name = text if text.startswith(_MEDMNIST) else path.resolve().name
-    opened_with = {
-        "seed": seed,
-        "image_column": image_column,
-        "label_column": label_column if isinstance(label_column, str) else list(label_column),
-        "split_column": split_column,
-        "patient_column": patient_column,
-    }
     source = ImageSource(name, items, encoded.class_names, encoded.multi_label, prepare, opened_with=opened_with)
     return source.with_label_list(label_list)
 
 
-def _phantoms(
-    spatial_dims: int,
-    image_size: int | Sequence[int],
+def _plain(columns: str | Sequence[str]) -> str | list[str]:
+    return columns if isinstance(columns, str) else list(columns)
+
+
+def _merged(rule: IntensityRule, intensity: IntensityRule | Mapping[str, Any] | None) -> IntensityRule:
+    """The rule of the data, with what was given in its place."""
+    if intensity is None or isinstance(intensity, IntensityRule):
+        return intensity or rule
+    return IntensityRule.from_dict({**rule.as_dict(), **intensity})
+
+
+def _phantom_source(
+    phantoms: Phantoms,
     class_names: Sequence[str] | None,
-    seed: int,
     counts: Sequence[int],
+    intensity: IntensityRule,
+    correction: Correction | None,
 ) -> ImageSource:
-    if class_names is not None and tuple(class_names) != CHEST_CLASSES:
+    if class_names is not None and tuple(class_names) != phantoms.class_names:
         raise ValueError(
-            f"open_source: phantoms have the classes {', '.join(CHEST_CLASSES)}, got {', '.join(class_names)}; "
+            f"open_source: phantoms have the classes {', '.join(phantoms.class_names)}, got {', '.join(class_names)}; "
             "say where other images are: --dataset_dir."
         )
-    phantoms = ChestPhantoms(spatial_dims, image_size_tuple(image_size, spatial_dims), seed)
     ends = np.cumsum(counts)
     items: dict[str, list[dict[Hashable, Any]]] = {}
     for part, end, count in zip(PARTS, ends, counts, strict=True):
         numbers = range(int(end) - count, int(end))
         items[part] = [{"image": n, "label": phantoms.label(n), "name": f"phantom/{n:06d}"} for n in numbers]
-    prepare = ImagePreprocessing(spatial_dims, phantoms.image_size, 1, IntensityRule())
-    opened_with = {"seed": seed, "phantom_counts": list(counts)}
-    return ImageSource(
-        f"phantoms of seed {seed}", items, list(CHEST_CLASSES), False, prepare, phantoms, opened_with=opened_with
+    prepare = ImagePreprocessing(
+        phantoms.spatial_dims, phantoms.image_size, phantoms.in_channels, intensity, correction
     )
+    return ImageSource(f"phantoms of seed {phantoms.seed}", items, list(phantoms.class_names), False, prepare, phantoms)

@@ -22,10 +22,17 @@ from .bundle import (
     epoch_length,
     find_bundle_root,
     freeze_encoder,
+    json_word,
     load_pretrained,
     load_weights,
 )
 from .description import Decision, ModelDescription
+from .explaining import (
+    CounterfactualPrepareBatch,
+    class_of_target,
+    images_to_explain,
+    question_in_words,
+)
 from .generation import (
     GenerationRow,
     SamplingInferer,
@@ -43,6 +50,7 @@ from .serving import (
     load_trained,
     noise_items,
     preprocessing_of_model,
+    require_trained,
     source_of_model,
     start_model,
 )
@@ -50,6 +58,7 @@ from .training_report import TrainingReport, predict
 
 __all__ = [
     "ClassificationReporter",
+    "CounterfactualPrepareBatch",
     "Decision",
     "GenerationRow",
     "JointPrepareBatch",
@@ -62,6 +71,7 @@ __all__ = [
     "announce_model",
     "check_options",
     "choose_decision",
+    "class_of_target",
     "class_weights",
     "compare_generation",
     "draw_order",
@@ -70,6 +80,8 @@ __all__ = [
     "find_bundle_root",
     "freeze_encoder",
     "images_to_classify",
+    "images_to_explain",
+    "json_word",
     "load_pretrained",
     "load_trained",
     "load_weights",
@@ -77,7 +89,9 @@ __all__ = [
     "noise_of_draws",
     "predict",
     "preprocessing_of_model",
+    "question_in_words",
     "refuse_bf16_at_depth_two",
+    "require_trained",
     "resolve_autocast",
     "set_tf32",
     "source_of_model",

@@ -34,9 +34,12 @@ __all__ = [
     "epoch_length",
     "find_bundle_root",
     "freeze_encoder",
+    "json_word",
     "load_pretrained",
     "load_weights",
 ]
+
+_WORDS = {"null": None, "none": None, "true": True, "false": False}
 
 
 def find_bundle_root(name: str) -> str:
@@ -280,3 +283,15 @@ def freeze_encoder(network: nn.Module, freeze: bool = True) -> list[nn.Parameter
             if part is not None:
                 part.requires_grad_(False)
     return [parameter for parameter in network.parameters() if parameter.requires_grad]
+
+
+def json_word(value: Any) -> Any:
+    """An option as JSON means it: `monai.bundle run` hands on `null`, `true` and `false` as texts.
+
+    Args:
+        value: as it came from the command line or a configuration.
+
+    Returns:
+        None, True or False for these words, anything else as it is.
+    """
+    return _WORDS.get(value.lower(), value) if isinstance(value, str) else value

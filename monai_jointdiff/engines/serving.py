@@ -13,17 +13,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence, Sized
+from collections.abc import Hashable, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any
 
 from monai.transforms import Compose
 from torch import nn
 
-from monai_jointdiff.data import ChestPhantoms, ImagePreprocessing, ImageSource, PrepareItem, find_images, open_source
-from monai_jointdiff.engines.bundle import load_weights
+from monai_jointdiff.data import (
+    ImagePreprocessing,
+    ImageSource,
+    PrepareItem,
+    SliceRule,
+    list_images,
+    make_phantoms,
+    open_source,
+)
+from monai_jointdiff.engines.bundle import json_word, load_weights
 from monai_jointdiff.engines.description import ModelDescription
 from monai_jointdiff.engines.generation import noise_of_draws
+from monai_jointdiff.transforms import N4BiasFieldCorrection
 
 __all__ = [
     "announce_model",
@@ -31,11 +40,31 @@ __all__ = [
     "load_trained",
     "noise_items",
     "preprocessing_of_model",
+    "require_trained",
     "source_of_model",
     "start_model",
 ]
 
 _OF_THE_MODEL = ("spatial_dims", "image_size", "class_names", "in_channels", "intensity", "multi_label")
+
+
+def require_trained(ckpt_dir: str | Path, allow_untrained: bool | str = False) -> None:
+    """Refuse to use a network that has learned nothing.
+
+    Args:
+        ckpt_dir: folder of `model.pt` and `model.json`.
+        allow_untrained: go on all the same, for tests of the program itself.
+
+    Raises:
+        ValueError: without a trained model.
+    """
+    if json_word(allow_untrained) is True or (Path(ckpt_dir) / "model.pt").is_file():
+        return
+    raise ValueError(
+        f"require_trained: {ckpt_dir} holds no model.pt, and answers of an untrained network mean nothing. "
+        "Train first (train.json of this bundle), or say where a trained model is: --ckpt_dir PATH. "
+        "To try the program all the same: --allow_untrained true."
+    )
 
 
 def load_trained(network: nn.Module, ckpt_dir: str | Path) -> bool:
@@ -99,7 +128,7 @@ def source_of_model(description: ModelDescription, dataset_dir: str | int | None
         ValueError: when the data do not fit the model.
     """
     data = description.data
-    fixed = {key: data[key] for key in _OF_THE_MODEL}
+    fixed = {key: data[key] for key in _OF_THE_MODEL} | {"correction": _correction(data)}
     given = {key: value for key, value in options.items() if value is not None}
     source = open_source(dataset_dir, **fixed, **{**data.get("opened_with", {}), **given})
     if source.multi_label != description.multi_label:
@@ -112,7 +141,7 @@ def source_of_model(description: ModelDescription, dataset_dir: str | int | None
 
 
 def images_to_classify(
-    dataset_dir: str | int | None, description: ModelDescription, seed: int | None = None
+    dataset_dir: str | int | None, description: ModelDescription, seed: int | None = None, **options: Any
 ) -> list[dict[Hashable, Any]]:
     """Items to classify, whose labels are not asked for.
 
@@ -121,21 +150,27 @@ def images_to_classify(
             takes otherwise (its test part).
         description: of the model.
         seed: of the phantoms; None: that of the training.
+        options: those of :func:`~monai_jointdiff.data.open_source` that say which files make up an image and how
+            volumes are cut; None, or not given: the training's.
 
     Returns:
-        items with `image`, `label` (missing, for files) and `name`, the path relative to the folder.
+        items with `image`, `label` (missing, for files) and `name`, the path relative to the folder, for slices with
+        their number (`head.nii.gz#slice_077`).
 
     Raises:
         ValueError: when there is nothing to classify.
     """
     path = None if dataset_dir is None else Path(str(dataset_dir))
     if path is None or path.suffix == ".npz" or not path.exists():
-        return list(source_of_model(description, dataset_dir, seed=seed).part("test"))
-    folder, files = (path, find_images(path)) if path.is_dir() else (path.parent, [path])
-    if not files:
+        return list(source_of_model(description, dataset_dir, seed=seed, **options).part("test"))
+    given = {key: value for key, value in options.items() if value is not None}
+    known = {**description.data.get("opened_with", {}), **given}
+    slices = SliceRule.from_options(known) if description.data["spatial_dims"] == 2 else None
+    records = list_images(path, known.get("image_column", "file"), slices)
+    if not records:
         raise ValueError(f"images_to_classify: {path} holds no images (JPEG, PNG, DICOM, NIfTI, NRRD).")
     missing: Any = [-1.0] * len(description.class_names) if description.multi_label else -1
-    return [{"image": file, "label": missing, "name": file.relative_to(folder).as_posix()} for file in files]
+    return [{"image": record.image, "label": missing, "name": record.name} for record in records]
 
 
 def preprocessing_of_model(description: ModelDescription, seed: int | None = None) -> Compose:
@@ -149,9 +184,16 @@ def preprocessing_of_model(description: ModelDescription, seed: int | None = Non
         a transform of items.
     """
     data = description.data
-    seed = data.get("opened_with", {}).get("seed", 0) if seed is None else seed
-    phantoms = ChestPhantoms(data["spatial_dims"], data["image_size"], seed)
-    return Compose([PrepareItem(ImagePreprocessing.from_description(data), phantoms)])
+    opened_with = data.get("opened_with", {})
+    seed = opened_with.get("seed", 0) if seed is None else seed
+    phantoms = make_phantoms(opened_with.get("phantoms", "chest"), data["spatial_dims"], data["image_size"], seed)
+    return Compose([PrepareItem(ImagePreprocessing.from_description(data, _correction(data)), phantoms)])
+
+
+def _correction(data: Mapping[str, Any]) -> N4BiasFieldCorrection | None:
+    """The correction of the images a model was trained on, made from its description."""
+    arguments = data.get("bias_correction")
+    return None if arguments is None else N4BiasFieldCorrection(**arguments)
 
 
 def noise_items(count: int, image_shape: Sequence[int], seed: int) -> list[dict[str, Any]]:

@@ -194,8 +194,9 @@ class TrainingReport:
     def _images(self, part: str, limit: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         """All images and labels of a part, or `limit` of them, chosen by the seed (files may be sorted by class)."""
         dataset = self.dataset(part)
-        chosen = np.random.RandomState(self.seed).permutation(len(dataset))[:limit]
-        items = [dataset[int(index)] for index in chosen]
+        chosen = np.random.RandomState(self.seed).permutation(len(dataset))[:limit].tolist()
+        read = {index: dataset[index] for index in sorted(chosen)}  # in order: a volume is read once for all its slices
+        items = [read[index] for index in chosen]
         images, labels = ([np.asarray(item[key]) for item in items] for key in ("image", "label"))
         return np.stack(images), np.stack(labels)
 

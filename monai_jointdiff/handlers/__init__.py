@@ -16,6 +16,7 @@ from __future__ import annotations
 from .atomic import atomic_save, atomic_write_text, sweep_partial_files
 from .best_model import BestModel
 from .checkpoint import ResumableCheckpoint
+from .counterfactual import CounterfactualImages, CounterfactualWriter, read_counterfactual_records
 from .draws import DeterministicDraws
 from .ema import ExponentialMovingAverage
 from .gradients import GradientClipping, NonFiniteGuard
@@ -28,6 +29,8 @@ from .stopping import EarlyStop, TimeLimit
 
 __all__ = [
     "BestModel",
+    "CounterfactualImages",
+    "CounterfactualWriter",
     "DeterministicDraws",
     "EarlyStop",
     "ExponentialMovingAverage",
@@ -45,5 +48,6 @@ __all__ = [
     "WeightSchedule",
     "atomic_save",
     "atomic_write_text",
+    "read_counterfactual_records",
     "sweep_partial_files",
 ]

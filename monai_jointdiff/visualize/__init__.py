@@ -13,6 +13,13 @@
 
 from __future__ import annotations
 
+from monai_jointdiff.visualize.counterfactual import (
+    CounterfactualCase,
+    CounterfactualTiles,
+    counterfactual_panel,
+    counterfactual_strip,
+    difference_overlay,
+)
 from monai_jointdiff.visualize.panels import denoising_strip, image_grid, save_png, to_tile
 from monai_jointdiff.visualize.plots import (
     confusion_matrix_figure,
@@ -20,13 +27,21 @@ from monai_jointdiff.visualize.plots import (
     roc_curve_figure,
     save_figure,
 )
+from monai_jointdiff.visualize.report import counterfactual_report, png_bytes
 from monai_jointdiff.visualize.tables import format_table
 
 __all__ = [
+    "CounterfactualCase",
+    "CounterfactualTiles",
     "confusion_matrix_figure",
+    "counterfactual_panel",
+    "counterfactual_report",
+    "counterfactual_strip",
     "denoising_strip",
+    "difference_overlay",
     "format_table",
     "image_grid",
+    "png_bytes",
     "reliability_figure",
     "roc_curve_figure",
     "save_figure",

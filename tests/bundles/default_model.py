@@ -11,7 +11,7 @@
 
 """`configs/default_model.json` of a bundle: the untrained network that its `train.json` describes without any option.
 
-`python -m tests.bundles.default_model` in the root of the repository writes it anew.
+`python -m tests.bundles.default_model` in the root of the repository writes those of all bundles anew.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from monai.bundle import ConfigParser
 
 from monai_jointdiff.engines import ModelDescription
 
-BUNDLE = Path(__file__).parents[2] / "bundles" / "chest_xray"
+BUNDLES = Path(__file__).parents[2] / "bundles"
+BUNDLE = BUNDLES / "chest_xray"
 
 
 def default_description(bundle: Path = BUNDLE) -> ModelDescription:
@@ -33,4 +34,5 @@ def default_description(bundle: Path = BUNDLE) -> ModelDescription:
 
 
 if __name__ == "__main__":
-    default_description().save(BUNDLE / "configs" / "default_model.json")
+    for config in sorted(BUNDLES.glob("*/configs/train.json")):
+        default_description(config.parents[1]).save(config.with_name("default_model.json"))

@@ -44,6 +44,7 @@ TINY = {
     "num_samples": 8,
     "num_inference_steps": 2,
     "picture_interval": 1,
+    "counterfactual_pictures": 0,
     "progress": False,
 }
 PHANTOMS = {"source#phantom_counts": [24, 12, 12]}
@@ -89,10 +90,10 @@ def train(
     return run(config_file, where, **{**TINY, **folders, **options})
 
 
-def use(program: str, model: Path, output: Path, **options: Any) -> str:
+def use(program: str, model: Path, output: Path, bundle: str = "chest_xray", **options: Any) -> str:
     """Evaluate, infer or generate with the model in a folder."""
     folders = {"ckpt_dir": str(model / "models"), "output_dir": str(output)}
-    return run(f"bundles/chest_xray/{program}.json", progress=False, **{**folders, **options})
+    return run(f"bundles/{bundle}/{program}.json", progress=False, **{**folders, **options})
 
 
 def message_of(error: BaseException | None) -> str:

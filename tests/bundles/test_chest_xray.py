@@ -253,8 +253,19 @@ class TestEvaluate(unittest.TestCase):
         self.assertIn("AUC", printed)
         self.assertIn("calibration error", printed)
 
-    def test_untrained_says_so(self) -> None:
-        printed = use("evaluate", fresh("none"), fresh("evaluate"), **PHANTOMS)
+    @parameterized.expand([("evaluate",), ("inference",), ("generate",)])
+    def test_untrained_is_refused_unless_allowed(self, program: str) -> None:
+        file = fresh("images") / "one.png"
+        picture(file, 0)
+        options: dict[str, Any] = {
+            "evaluate": PHANTOMS,
+            "inference": {"dataset_dir": str(file)},
+            "generate": {"num_samples": 1, "num_inference_steps": 2},
+        }[program]
+        with self.assertRaises((ValueError, RuntimeError)) as caught:
+            use(program, fresh("none"), fresh(program), **options)
+        self.assertIn("Train first (train.json of this bundle)", message_of(caught.exception))
+        printed = use(program, fresh("none"), fresh(program), allow_untrained="true", **options)
         self.assertIn("UNTRAINED", printed)
 
     def test_data_that_do_not_fit_the_model_are_refused(self) -> None:

@@ -17,10 +17,12 @@ from __future__ import annotations
 import unittest
 from pathlib import Path
 
+import nibabel
 import numpy as np
 from parameterized import parameterized
 
-from monai_jointdiff.data.folder import find_images, read_folder
+from monai_jointdiff.data import ImageFiles, SliceRule
+from monai_jointdiff.data.folder import find_images, list_images, read_folder
 from monai_jointdiff.visualize import save_png
 from tests.bundles.runs import temporary_folder
 
@@ -146,6 +148,158 @@ class TestByCsv(unittest.TestCase):
             read_folder(self.folder)
         self.table("file,label\nin/b.png,1\n")
         self.assertEqual([record.name for record in read_folder(self.folder).records], ["in/b.png"])
+
+    def test_one_file_for_each_channel(self) -> None:
+        self.table("flair,t1c,label\na.png,in/b.png,x\n")
+        for columns in ("flair, t1c", ["flair", "t1c"], ("flair", "t1c")):
+            found = read_folder(self.folder, image_column=columns)
+            (record,) = found.records
+            self.assertEqual(record.image, ImageFiles((self.folder / "a.png", self.folder / "in/b.png")))
+            self.assertEqual((record.name, record.label, found.in_channels), ("a.png", "x", 2))
+
+    def test_masks(self) -> None:
+        self.table("file,seg,label\na.png,in/b.png,x\nin/b.png,,y\n")
+        one, two = read_folder(self.folder, mask_column="seg").records
+        self.assertEqual((one.mask, two.mask), (self.folder / "in" / "b.png", None))
+
+    @parameterized.expand(
+        [
+            ("flair,t1c,label\na.png,,x\n", "no file in column 't1c' of labels.csv, lines 2"),
+            ("flair,t1c,label\na.png,c.png,x\n", "1 files of labels.csv are not in .*: c.png"),
+            ("flair,t1c,label\na.png,a.png,x\nin/b.png,a.png,x\n", "lists files more than once: a.png"),
+            ("flair,label\na.png,x\n", "has no column 't1c'"),
+            ("flair,t1c\na.png,in/b.png\n", "has no column 'label'"),
+        ]
+    )
+    def test_wrong_tables_of_several_files(self, text: str, message: str) -> None:
+        self.table(text)
+        with self.assertRaisesRegex(ValueError, message):
+            read_folder(self.folder, image_column="flair,t1c")
+
+    def test_mask_column_that_is_not_there(self) -> None:
+        self.table("file,label\na.png,x\n")
+        with self.assertRaisesRegex(ValueError, "has no column 'seg'"):
+            read_folder(self.folder, mask_column="seg")
+
+
+class TestByNames(unittest.TestCase):
+    """Without a CSV, folders with a file for each channel."""
+
+    def setUp(self) -> None:
+        self.folder = temporary_folder(self)
+
+    def files(self, *names: str) -> None:
+        for name in names:
+            picture(self.folder / name)
+
+    def test_files_are_known_by_a_word_of_their_names(self) -> None:
+        case = "ill/BraTS_007/BraTS_007"
+        self.files(*(f"{case}_{word}.png" for word in ("FLAIR", "t1", "t1ce", "seg")))
+        self.files("val/well/x/flair.png", "val/well/x/a-T1ce-b.png", "notes/flairs.png")
+        one, two = read_folder(self.folder, image_column="flair,t1ce", mask_column="seg").records
+        self.assertEqual(one.image, ImageFiles(tuple(self.folder / f"{case}_{w}.png" for w in ("FLAIR", "t1ce"))))
+        self.assertEqual((one.name, one.label, one.part), (f"{case}_FLAIR.png", "ill", None))
+        self.assertEqual((one.patient, one.mask), ("ill/BraTS_007", self.folder / f"{case}_seg.png"))
+        self.assertEqual((two.label, two.part, two.patient, two.mask), ("well", "val", "val/well/x", None))
+
+    def test_folder_of_a_single_image_has_no_class(self) -> None:
+        self.files("flair.png", "t1c.png")
+        (record,) = read_folder(self.folder, image_column="flair,t1c").records
+        self.assertEqual((record.name, record.label), ("flair.png", None))
+
+    def test_missing_and_ambiguous_files_are_named(self) -> None:
+        self.files("x/flair.png")
+        with self.assertRaisesRegex(ValueError, "x' has no file with 't1c' in its name"):
+            read_folder(self.folder, image_column="flair,t1c")
+        self.files("x/t1c_a.png", "x/t1c_b.png")
+        with self.assertRaisesRegex(ValueError, "several files with 't1c' in their names: t1c_a.png, t1c_b.png"):
+            read_folder(self.folder, image_column="flair,t1c")
+
+    def test_folder_without_such_files_is_refused(self) -> None:
+        self.files("x/a.png")
+        with self.assertRaisesRegex(ValueError, "no sub-folder with one for each of flair, t1c and no rows"):
+            read_folder(self.folder, image_column="flair,t1c")
+
+
+class TestSlices(unittest.TestCase):
+    """Volumes (columns, rows, depth) of 6 x 5 x 8, bright from slice 2 to 6, with a mask in slices 3 and 4."""
+
+    def setUp(self) -> None:
+        self.folder = temporary_folder(self)
+        mask = np.zeros((6, 5, 8), np.uint8)
+        mask[1:5, 1:4, 3], mask[0, 0, 4] = 2, 1
+        for n in range(2):
+            for name in ("flair", "t1c"):
+                volume = np.zeros((6, 5, 8), np.float32)
+                volume[..., 2:7] = np.random.default_rng(n).normal(10, 1, (6, 5, 5))
+                self.save(f"p{n}/{name}.nii.gz", volume)
+            self.save(f"p{n}/seg.nii.gz", mask * (n == 0))
+
+    def save(self, name: str, array: np.ndarray) -> None:
+        (self.folder / name).parent.mkdir(exist_ok=True)
+        nibabel.save(nibabel.Nifti1Image(array, np.diag([-1.0, -1.0, 1.0, 1.0])), self.folder / name)
+
+    def table(self, header: str, *ends: str) -> None:
+        rows = [f"p{n}/flair.nii.gz,p{n}/t1c.nii.gz{end}" for n, end in enumerate(ends)]
+        (self.folder / "labels.csv").write_text("\n".join([header, *rows]), encoding="utf-8")
+
+    def test_class_of_the_mask(self) -> None:
+        self.table("flair,t1c,seg", ",p0/seg.nii.gz", ",p1/seg.nii.gz")
+        rule = SliceRule(0, classes=("well", "ill"))
+        found = read_folder(self.folder, 2, "flair,t1c", mask_column="seg", slices=rule)
+        labels = {record.name: record.label for record in found.records}
+        first = {f"p0/flair.nii.gz#slice_{n:03d}": "ill" if n == 3 else "well" for n in (2, 3, 5, 6)}
+        second = {f"p1/flair.nii.gz#slice_{n:03d}": "well" for n in (2, 3, 4, 5, 6)}
+        self.assertEqual(labels, {**first, **second})
+        self.assertEqual((found.in_channels, found.class_names), (2, ["well", "ill"]))
+        files = tuple(self.folder / "p0" / f"{name}.nii.gz" for name in ("flair", "t1c"))
+        self.assertEqual(found.records[1].image, ImageFiles(files, 0, 3))
+        self.assertEqual(found.records[1].mask, ImageFiles((self.folder / "p0" / "seg.nii.gz",), 0, 3))
+
+    def test_class_of_the_volume_and_its_patient(self) -> None:
+        self.table("flair,t1c,label,patient,split", ",a,7,train", ",b,,test")
+        found = read_folder(self.folder, 2, "flair,t1c", slices=SliceRule(0, every=2))
+        seen = [(record.label, record.patient, record.part) for record in found.records]
+        self.assertEqual(seen, [("a", "7", "train")] * 3 + [("b", "p1/flair.nii.gz", "test")] * 3)
+        self.assertIsNone(found.class_names)
+
+    def test_without_a_table(self) -> None:
+        found = read_folder(self.folder, 2, "flair,t1c", mask_column="seg", slices=SliceRule(0))
+        self.assertEqual({record.patient for record in found.records}, {"p0", "p1"})
+        self.assertEqual([r.label for r in found.records], ["absent", "present", *["absent"] * 7])
+
+    def test_2d_images_stay_whole(self) -> None:
+        folder = temporary_folder(self)
+        picture(folder / "a" / "1.png")
+        nibabel.save(nibabel.Nifti1Image(np.ones((4, 5, 1), np.float32), np.eye(4)), folder / "a" / "2.nii")
+        names = [record.name for record in read_folder(folder, slices=SliceRule(0)).records]
+        self.assertEqual(names, ["a/1.png", "a/2.nii"])
+
+    def test_all_bad_volumes_are_named(self) -> None:
+        self.table("flair,t1c,seg", ",p0/seg.nii.gz", ",p1/seg.nii.gz")
+        self.save("p0/seg.nii.gz", np.zeros((6, 5, 7), np.uint8))
+        self.save("p1/t1c.nii.gz", np.zeros((5, 5, 8), np.float32))
+        with self.assertRaises(ValueError) as caught:
+            read_folder(self.folder, 2, "flair,t1c", mask_column="seg", slices=SliceRule(0))
+        text = str(caught.exception)
+        self.assertIn("2 volumes cannot be cut into slices:", text)
+        self.assertRegex(text, r"\n  p0/flair.nii.gz: the shape of its mask '.*seg.nii.gz' is \(7, 5, 6\)")
+        self.assertRegex(text, r"\n  p1/flair.nii.gz: .*t1c.nii.gz': its shape is \(8, 5, 5\)")
+
+    def test_list_for_classification(self) -> None:
+        rule = SliceRule(0, every=3)
+        expected = [f"p{p}/flair.nii.gz#slice_{n:03d}" for p in (0, 1) for n in (3, 6)]
+        names = [record.name for record in list_images(self.folder, ["flair", "t1c"], rule)]
+        self.assertEqual(names, expected)  # also slices that a mask would leave out
+        self.table("flair,t1c,kind", ",a", ",b")
+        records = list_images(self.folder, "flair,t1c", rule)
+        self.assertEqual([record.name for record in records], expected)
+        self.assertEqual({record.label for record in records}, {None})
+        single = list_images(self.folder / "p0" / "flair.nii.gz", "file", rule)
+        self.assertEqual([record.name for record in single], ["flair.nii.gz#slice_003", "flair.nii.gz#slice_006"])
+        whole = list_images(self.folder)
+        self.assertEqual(len(whole), 6)
+        self.assertEqual(whole[0].image, self.folder / "p0" / "flair.nii.gz")
 
 
 if __name__ == "__main__":

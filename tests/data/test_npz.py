@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from parameterized import parameterized
 
+from monai_jointdiff.data import SliceRule
 from monai_jointdiff.data.npz import read_npz
 from tests.bundles.runs import temporary_folder
 
@@ -83,7 +84,7 @@ class TestReadNpz(unittest.TestCase):
 
     @parameterized.expand(
         [
-            ({"images": pixels(2, 4, 4)}, 2, "has no train_images, val_images or test_images; it has images"),
+            ({"labels": pixels(2)}, 2, "has no train_images, val_images, test_images or images; it has labels"),
             ({"train_images": pixels(2, 4)}, 2, r"train_images .* must be \(N, rows, columns\).*got shape \(2, 4\)"),
             ({"train_images": pixels(2, 4, 4)}, 3, r"must be \(N, depth, rows, columns\)"),
             ({"train_images": pixels(0, 4, 4)}, 2, r"got shape \(0, 4, 4\)"),
@@ -91,12 +92,68 @@ class TestReadNpz(unittest.TestCase):
             ({"train_images": pixels(2, 4, 4), "train_labels": np.zeros(3)}, 2, "but there are 2 images"),
             ({"train_images": pixels(2, 4, 4), "train_labels": np.zeros((2, 2, 2))}, 2, "has shape"),
             ({"train_images": pixels(2, 4, 4), "train_patients": np.zeros(3)}, 2, "train_patients .* has shape"),
+            ({"train_images": pixels(2, 4, 4), "train_masks": pixels(2, 4, 5)}, 2, r"train_masks .* \(2, 4, 4\)"),
+            ({"train_images": pixels(2, 4, 4, 4, 2)}, 2, r"must be \(N, rows, columns\).*got shape \(2, 4, 4, 4, 2\)"),
             ({"other_images": pixels(2, 4, 4)}, 2, "'other' is no part of a data set"),
         ]
     )
     def test_wrong_content(self, arrays: dict[str, np.ndarray], spatial_dims: int, message: str) -> None:
         with self.assertRaisesRegex(ValueError, message):
             read_npz(self.save(**arrays), spatial_dims)
+
+    def test_images_without_a_part_with_channels_second(self) -> None:
+        """As `channels` says; where both axes have that many entries, the last counts."""
+        images = pixels(3, 2, 5, 6, 7)
+        names = {"channels": np.array(["FLAIR", "T1c"]), "patients": np.array(["x", "y", "x"])}
+        found = read_npz(self.save(images=images, **names), 3)
+        self.assertEqual((found.in_channels, list(found.image_size)), (2, [5, 6, 7]))
+        for record, image in zip(found.records, images, strict=True):
+            np.testing.assert_array_equal(record.image, image)
+        self.assertEqual([(r.name, r.part, r.patient) for r in found.records][1], ("images/000001", None, "y"))
+        self.assertEqual(read_npz(self.save(images=pixels(3, 2, 5, 2), **names)).image_size, (2, 5))
+
+    def test_masks(self) -> None:
+        masks = pixels(3, 4, 5)
+        found = read_npz(self.save(train_images=pixels(3, 4, 5, 2), train_masks=masks))
+        for record, mask in zip(found.records, masks, strict=True):
+            np.testing.assert_array_equal(record.mask, mask[None])
+
+    @parameterized.expand([(0,), (1,), (2,)])
+    def test_slices_with_the_class_of_their_mask(self, axis: int) -> None:
+        images, masks = np.full((2, 6, 6, 6, 2), 200, np.uint8), np.zeros((2, 6, 6, 6), np.uint8)
+        np.moveaxis(images[1], axis, 0)[:2] = 0  # dark
+        images[..., 0] //= 2
+        np.moveaxis(masks[0], axis, 0)[2, :3, :2] = 4
+        np.moveaxis(masks[0], axis, 0)[3, 0, :2] = 4  # too few
+        rule = SliceRule(axis, min_mask_pixels=6, classes=("well", "ill"))
+        found = read_npz(self.save(images=images, masks=masks), slices=rule)
+        names = {record.name: record.label for record in found.records}
+        first = {f"images/000000#slice_{n:03d}": int(n == 2) for n in (0, 1, 2, 4, 5)}
+        second = {f"images/000001#slice_{n:03d}": 0 for n in (2, 3, 4, 5)}
+        self.assertEqual(names, {**first, **second})
+        self.assertEqual((found.class_names, found.in_channels, found.image_size), (["well", "ill"], 2, (6, 6)))
+        self.assertEqual({record.patient for record in found.records}, {"images/000000", "images/000001"})
+        ill = found.records[2]
+        assert isinstance(ill.image, np.ndarray) and isinstance(ill.mask, np.ndarray)
+        np.testing.assert_array_equal(ill.image[:, 0, 0], [100, 200])
+        np.testing.assert_array_equal(ill.mask, np.take(masks[0], 2, axis=axis)[None])
+
+    def test_slices_without_masks_have_the_label_of_their_volume(self) -> None:
+        images = pixels(2, 5, 6, 6, 1)
+        found = read_npz(self.save(train_images=images, train_labels=np.array([1, 0])), slices=SliceRule())
+        self.assertEqual([record.label for record in found.records], [1] * 5 + [0] * 5)
+        self.assertEqual({record.part for record in found.records}, {"train"})
+        self.assertIsNone(found.class_names)
+
+    def test_rule_of_slices_leaves_2d_images_and_3d_data_alone(self) -> None:
+        flat = read_npz(self.save(train_images=pixels(3, 6, 5, 2)), slices=SliceRule())
+        self.assertEqual((len(flat.records), flat.image_size), (3, (6, 5)))
+        solid = read_npz(self.save(train_images=pixels(3, 6, 5, 4, 2)), 3, SliceRule())
+        self.assertEqual((len(solid.records), solid.image_size), (3, (6, 5, 4)))
+
+    def test_volumes_without_anything_are_refused(self) -> None:
+        with self.assertRaisesRegex(ValueError, "have no slices with anything in them"):
+            read_npz(self.save(images=np.zeros((2, 4, 4, 4, 1), np.uint8)), slices=SliceRule())
 
     @parameterized.expand([(float("nan"),), (float("inf"),)])
     def test_pixels_that_are_no_numbers(self, value: float) -> None:

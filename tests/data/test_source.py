@@ -22,11 +22,13 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import nibabel
 import numpy as np
 import torch
+from monai.data import MetaTensor
 from parameterized import parameterized
 
-from monai_jointdiff.data import ChestPhantoms, ImagePreprocessing, open_source
+from monai_jointdiff.data import BrainPhantoms, ChestPhantoms, ImagePreprocessing, IntensityRule, open_source
 from monai_jointdiff.data import source as source_module
 from monai_jointdiff.visualize import save_png
 from tests.bundles.runs import temporary_folder, working_directory
@@ -77,6 +79,25 @@ class TestPhantoms(unittest.TestCase):
         self.assertEqual([len(source.part(part)) for part in ("train", "val", "test")], [6000, 300, 600])
         self.assertEqual((source.image_size, source.in_channels, source.num_classes), ((32, 32), 1, 3))
         source.preflight()
+
+    @parameterized.expand([(2,), (3,)])
+    def test_brain(self, spatial_dims: int) -> None:
+        rule = {"percentiles": (0.5, 99.95)}
+        options: dict[str, Any] = {"spatial_dims": spatial_dims, "image_size": 16, "phantom_counts": COUNTS}
+        source = open_source(phantoms="brain", intensity=rule, **options)
+        self.assertEqual((source.class_names, source.in_channels), (["no_tumour", "tumour"], 2))
+        item, phantom = source.part("val")[0], BrainPhantoms(spatial_dims, 16)(20)
+        prepared = source.preprocessing()(item)
+        np.testing.assert_allclose(prepared["image"], phantom.image.astype(np.float32) / 127.5 - 1, atol=1e-6)
+        np.testing.assert_array_equal(prepared["mask"], phantom.mask)
+        self.assertEqual((item["label"], item["name"]), (phantom.label, "phantom/000020"))
+        again = open_source(**{**options, **source.description()["opened_with"]}, intensity=rule)
+        self.assertEqual(again.description(), source.description())
+        self.assertEqual(source.description()["intensity"]["percentiles"], [0.5, 99.95])
+
+    def test_unknown_phantoms_are_refused(self) -> None:
+        with self.assertRaisesRegex(ValueError, "phantoms must be one of brain, chest, got 'knee'"):
+            open_source(phantoms="knee")
 
     def test_other_classes_are_refused(self) -> None:
         with self.assertRaisesRegex(ValueError, "phantoms have the classes normal, opacity, effusion, got a"):
@@ -151,6 +172,23 @@ class TestFiles(unittest.TestCase):
         self.assertTrue(source.multi_label)
         self.assertIn(source.part("train")[0]["label"], ([1.0, 0.0], [0.0, 1.0]))
         self.assertEqual(source.preprocessing()(source.part("train")[0])["label"].dtype, torch.float32)
+
+    def test_masks_reach_the_items_if_all_images_have_one(self) -> None:
+        folder = temporary_folder(self)
+        masks = {f"{part}_masks": pixels(n, 10, 6, 8) > 200 for n, part in enumerate(("train", "val", "test"))}
+        source = open_source(save_npz(folder, **masks), image_size=(6, 8))
+        prepared = source.preprocessing()(source.part("val")[3])
+        np.testing.assert_array_equal(prepared["mask"][0], masks["val_masks"][3])
+        del masks["val_masks"]
+        self.assertNotIn("mask", open_source(save_npz(folder, **masks)).part("train")[0])
+
+    def test_given_arguments_of_the_intensity_rule_leave_the_others_to_the_data(self) -> None:
+        images = np.linspace(0, 1, 480, dtype=np.float32).reshape(10, 6, 8)
+        rule = open_source(save_npz(temporary_folder(self), train_images=images), intensity={"percentiles": (1, 90)})
+        self.assertEqual(rule.prepare.intensity, IntensityRule(percentiles=(1, 90), float_range=(0, 1)))
+        self.assertEqual(
+            open_source(save_npz(temporary_folder(self)), intensity=IntensityRule()).prepare.intensity, IntensityRule()
+        )
 
     def test_wrong_places(self) -> None:
         folder = temporary_folder(self)
@@ -245,6 +283,66 @@ class TestSource(unittest.TestCase):
             open_source(save_npz(self.folder), label_list=path)
 
 
+class TestSlices(unittest.TestCase):
+    """Eight scans of two files, of which every second has something in its mask."""
+
+    def setUp(self) -> None:
+        self.folder = temporary_folder(self)
+        for n in range(8):
+            (self.folder / f"p{n}").mkdir()
+            mask = np.zeros((6, 5, 4), np.uint8)
+            mask[1:5, 1:4, 1] = n % 2
+            generator = np.random.default_rng(n)
+            arrays = {
+                "flair": generator.normal(5, 1, mask.shape),
+                "t1c": generator.normal(5, 1, mask.shape),
+                "seg": mask,
+            }
+            for name, array in arrays.items():
+                image = nibabel.Nifti1Image(array.astype(np.float32), np.diag([-1.0, -1.0, 2.0, 1.0]))
+                nibabel.save(image, self.folder / f"p{n}" / f"case_{name}.nii.gz")
+        self.options: dict[str, Any] = {"image_column": "flair,t1c", "mask_column": "seg", "min_foreground": 0.0}
+
+    def test_parts_classes_and_items(self) -> None:
+        source = open_source(self.folder, slice_axis=0, mask_classes=("well", "ill"), image_size=(5, 6), **self.options)
+        source.preflight()
+        items = {part: source.part(part) for part in ("train", "val", "test")}
+        scans = {part: {item["name"].split("/")[0] for item in items[part]} for part in items}
+        self.assertEqual(sum(map(len, scans.values())), 8)  # no scan in two parts
+        self.assertEqual(sum(item["label"] == 1 for part in items.values() for item in part), 4)
+        self.assertEqual((source.class_names, source.in_channels), (["well", "ill"], 2))
+        for item in items["train"][:6]:
+            prepared = source.preprocessing()(item)
+            self.assertIsInstance(prepared["image"], MetaTensor)
+            self.assertEqual(int(prepared["mask"].sum()), 12 * int(prepared["label"]))
+            number = int(item["name"][-3:])
+            torch.testing.assert_close(prepared["image"].affine[:3, 3], torch.tensor([0.0, 0.0, 2.0 * number]).double())
+        self.assertEqual(open_source(self.folder, **source.description()["opened_with"]).items, source.items)
+
+    def test_whole_volumes_do_not_mind_the_axis(self) -> None:
+        source = open_source(self.folder, spatial_dims=3, slice_axis=0, image_size=(4, 5, 6), **self.options)
+        self.assertEqual(sum(len(source.items[part]) for part in ("train", "val", "test")), 8)
+        prepared = source.preprocessing()(source.part("train")[0])
+        self.assertEqual((prepared["image"].shape, prepared["mask"].shape), ((2, 4, 5, 6), (1, 4, 5, 6)))
+
+    def test_volumes_are_refused_without_an_axis(self) -> None:
+        with self.assertRaisesRegex(ValueError, "spatial_dims is 2; slices are cut from volumes where slice_axis says"):
+            open_source(self.folder, **self.options).preflight()
+
+    def test_preflight_does_not_correct_and_finds_masks_that_do_not_fit(self) -> None:
+        correction = mock.Mock(as_dict=lambda: {"a": 1})
+        source = open_source(self.folder, slice_axis=0, correction=correction, **self.options)
+        self.assertEqual(source.description()["bias_correction"], {"a": 1})
+        source.preflight()
+        correction.assert_not_called()
+        away = nibabel.Nifti1Image(np.ones((6, 5, 4), np.float32), np.diag([-1.0, -1.0, 2.0, 1.0]) + 9 * np.eye(4, k=3))
+        nibabel.save(away, self.folder / "p0" / "case_seg.nii.gz")
+        with self.assertRaisesRegex(
+            ValueError, "(?s)4 images of .*case_seg.nii.gz#slice_000': its header places it up to 9"
+        ):
+            source.preflight()
+
+
 @unittest.skipUnless(DATA, "JOINTDIFF_DATA does not say where the real data are")
 class TestRealData(unittest.TestCase):
     def test_pneumoniamnist(self) -> None:
@@ -260,6 +358,42 @@ class TestRealData(unittest.TestCase):
         source.preflight()
         self.assertEqual((source.class_names, source.in_channels), (["NORMAL", "PNEUMONIA"], 1))
         self.assertEqual(sum(len(source.part(part)) for part in ("train", "val", "test")), 30)
+
+    def test_slices_of_brains(self) -> None:
+        source = open_source(Path(str(DATA)) / "brats2013_slices_64.npz")
+        self.assertEqual([len(source.part(part)) for part in ("train", "val", "test")], [371, 94, 78])
+        self.assertEqual((source.class_names, source.in_channels), (["no_tumour", "tumour"], 2))
+        for item in source.part("test")[::7]:
+            prepared = source.preprocessing()(item)
+            self.assertEqual(bool(prepared["mask"].any()), int(prepared["label"]) == 1)
+
+    def test_volumes_of_brains(self) -> None:
+        path, classes = Path(str(DATA)) / "brats2013_vol_64.npz", ("no_tumour", "tumour")
+        whole = open_source(path, spatial_dims=3)
+        self.assertEqual((whole.in_channels, whole.image_size), (2, (64, 64, 64)))
+        self.assertEqual([len(whole.part(part)) for part in ("train", "val", "test")], [4, 1, 1])
+        cut = open_source(path, slice_axis=2, slice_every=3, mask_classes=classes)
+        scans = [{item["name"].split("#")[0] for item in cut.part(part)} for part in ("train", "val", "test")]
+        self.assertEqual(([len(part) for part in scans], len(set.union(*scans))), ([4, 1, 1], 6))
+        for part in ("train", "val", "test"):
+            for item in cut.part(part):
+                self.assertEqual(bool((item["mask"] > 0).sum() >= 10), item["label"] == 1)
+
+    def test_scan_in_several_files(self) -> None:
+        folder = Path(str(DATA)) / "originals" / "brats2013_pat0006"
+        source = open_source(folder, image_column="flair,t1c", mask_column="OTMultiClass", slice_axis=0, slice_every=10)
+        mask = np.asarray(nibabel.load(folder / "OTMultiClass.nii.gz").dataobj) > 0
+        prepare = source.preprocessing()
+        for item in source.part("train")[::3]:
+            number = int(item["name"][-3:])
+            self.assertEqual(item["label"], int(mask[:, :, number].any()))
+            prepared = prepare(item)
+            rows, columns = np.nonzero(mask[:, :, number].T)
+            if len(rows) > 100:  # the middle of the tumour is where the affine says, in millimetres
+                found = torch.nonzero(prepared["mask"][0]).double().mean(dim=0)
+                place = prepared["image"].affine @ torch.cat([found, torch.tensor([0.0, 1.0])])
+                expected = (-columns.mean(), 239 - rows.mean(), number)
+                np.testing.assert_allclose(place[:3], expected, atol=0.5)
 
     def test_volumes(self) -> None:
         source = open_source(Path(str(DATA)) / "lidc_nodule3d_32.npz", spatial_dims=3)

@@ -34,6 +34,7 @@ from monai_jointdiff.engines import (
     epoch_length,
     find_bundle_root,
     freeze_encoder,
+    json_word,
     load_pretrained,
     load_weights,
 )
@@ -206,6 +207,13 @@ class TestWeights(unittest.TestCase):
         self.assertEqual(with_gradient, expected)
         self.assertEqual(len(trainable), len(expected))
         self.assertEqual(len(freeze_encoder(small_network(), False)), len(list(network.parameters())))
+
+
+class TestWords(unittest.TestCase):
+    @parameterized.expand([("null", None), ("None", None), ("true", True), ("False", False), ("x", "x"), (0.5, 0.5)])
+    def test_as_in_json(self, given: Any, expected: Any) -> None:
+        self.assertIs(type(json_word(given)), type(expected))
+        self.assertEqual(json_word(given), expected)
 
 
 if __name__ == "__main__":

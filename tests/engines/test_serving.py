@@ -16,11 +16,13 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import unittest
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import nibabel
 import numpy as np
 import torch
 from parameterized import parameterized
@@ -34,9 +36,11 @@ from monai_jointdiff.engines import (
     noise_items,
     noise_of_draws,
     preprocessing_of_model,
+    require_trained,
     source_of_model,
     start_model,
 )
+from monai_jointdiff.transforms import N4BiasFieldCorrection
 from monai_jointdiff.visualize import save_png
 from tests.bundles.runs import temporary_folder
 from tests.engines.small_run import small_network
@@ -85,6 +89,18 @@ class TestLoadTrained(unittest.TestCase):
         phantom_model().save(self.folder / "model.json")
         with self.assertRaisesRegex(ValueError, "do not belong together"):
             load_trained(self.network, self.folder)
+
+
+class TestTrained(unittest.TestCase):
+    def test_untrained_is_refused_unless_allowed(self) -> None:
+        folder = temporary_folder(self)
+        for refused in (False, "false", "yes"):
+            with self.assertRaisesRegex(ValueError, "answers of an untrained network mean nothing. Train first"):
+                require_trained(folder, refused)
+        for allowed in (True, "true"):
+            require_trained(folder, allowed)
+        (folder / "model.pt").touch()
+        require_trained(folder)
 
 
 class TestData(unittest.TestCase):
@@ -140,6 +156,69 @@ class TestPartsOfTheModel(unittest.TestCase):
             self.assertEqual([item["name"] for item in found.part(part)], names)
         other = source_of_model(model, str(folder / "x.npz"), seed=6)
         self.assertNotEqual([item["name"] for item in other.part("test")], names)
+
+
+class TestPreparationOfTheModel(unittest.TestCase):
+    @parameterized.expand([(2,), (3,)])
+    def test_phantoms_are_those_of_the_training(self, spatial_dims: int) -> None:
+        options: dict[str, Any] = {"spatial_dims": spatial_dims, "image_size": 8, "seed": 3, "phantom_counts": COUNTS}
+        trained = open_source(phantoms="brain", **options)
+        model = replace(phantom_model(spatial_dims), data=trained.description())
+        prepare, found = preprocessing_of_model(model), source_of_model(model, None)
+        self.assertEqual(found.items, trained.items)
+        for item in found.part("test"):
+            expected = trained.preprocessing()(item)
+            torch.testing.assert_close(prepare(item)["image"], expected["image"], rtol=0, atol=0)
+            torch.testing.assert_close(prepare(item)["mask"], expected["mask"])
+
+    def test_description_of_an_older_version_has_chests_and_no_correction(self) -> None:
+        model = phantom_model()
+        data = {key: value for key, value in model.data.items() if key != "bias_correction"}
+        older = replace(model, data={**data, "opened_with": {"seed": 0, "phantom_counts": COUNTS}})
+        (item, *_) = source_of_model(older, None).part("test")
+        one, two = (preprocessing_of_model(each)(item)["image"] for each in (older, model))
+        torch.testing.assert_close(one, two, rtol=0, atol=0)
+
+    def test_bias_correction_is_that_of_the_training(self) -> None:
+        correction = N4BiasFieldCorrection(1, "positive", (20, 20))
+        folder = temporary_folder(self)
+        tissue, field = np.where(np.arange(24) < 12, 60.0, 120.0), np.exp(np.linspace(-0.5, 0.5, 24))
+        np.savez(folder / "x.npz", test_images=np.outer(field, tissue)[None].astype(np.uint8))
+        trained = open_source(str(folder / "x.npz"), correction=correction)
+        model = replace(phantom_model(), data=json.loads(json.dumps(trained.description())))
+        (item, *_) = images_to_classify(str(folder / "x.npz"), model)
+        expected = trained.preprocessing()(item)["image"]
+        torch.testing.assert_close(preprocessing_of_model(model)(item)["image"], expected, rtol=0, atol=0)
+        found = source_of_model(model, str(folder / "x.npz"))
+        torch.testing.assert_close(found.preprocessing()(item)["image"], expected, rtol=0, atol=0)
+        plain = replace(model, data={**model.data, "bias_correction": None})
+        self.assertGreater(float((preprocessing_of_model(plain)(item)["image"] - expected).abs().max()), 0.02)
+
+
+class TestSlicesToClassify(unittest.TestCase):
+    def setUp(self) -> None:
+        self.folder = temporary_folder(self)
+        (self.folder / "p").mkdir()
+        for name in ("flair", "t1c"):
+            volume = np.random.default_rng(0).normal(5, 1, (6, 7, 5)).astype(np.float32)
+            nibabel.save(
+                nibabel.Nifti1Image(volume, np.diag([-1.0, -1.0, 1.0, 1.0])), self.folder / "p" / f"{name}.nii"
+            )
+
+    def model(self, **options: Any) -> ModelDescription:
+        source = open_source(phantoms="brain", image_size=8, phantom_counts=COUNTS, **options)
+        return ModelDescription(small_network().config, {}, source.description())
+
+    def test_as_the_training_would_cut_them(self) -> None:
+        model = self.model(image_column=["flair", "t1c"], slice_axis=0, min_foreground=0.0)
+        items = images_to_classify(str(self.folder), model)
+        self.assertEqual([item["name"] for item in items], [f"p/flair.nii#slice_{n:03d}" for n in range(5)])
+        self.assertEqual(preprocessing_of_model(model)(items[3])["image"].shape, (2, 8, 8))
+
+    def test_options_come_before_the_trainings(self) -> None:
+        given: dict[str, Any] = {"image_column": "flair,t1c", "slice_axis": 2, "slice_every": 3, "min_foreground": None}
+        items = images_to_classify(str(self.folder), self.model(min_foreground=0.0), **given)
+        self.assertEqual([item["name"] for item in items], ["p/flair.nii#slice_000", "p/flair.nii#slice_003"])
 
 
 class TestImagesToClassify(unittest.TestCase):

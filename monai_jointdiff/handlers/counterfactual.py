@@ -1,0 +1,378 @@
+# Copyright (c) MONAI-JointDiff Contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+
+"""Counterfactuals as files and a page, and as pictures while a network learns."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import io
+import json
+import re
+from collections.abc import Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from ignite.engine import Engine, Events
+from torch import nn
+
+from monai_jointdiff.data.restoring import OriginalGrid, nifti_bytes, original_grid
+from monai_jointdiff.inferers import CounterfactualInferer, CounterfactualRecord, CounterfactualResult
+from monai_jointdiff.visualize import (
+    CounterfactualCase,
+    counterfactual_panel,
+    counterfactual_report,
+    counterfactual_strip,
+    png_bytes,
+    save_png,
+    to_tile,
+)
+
+from .atomic import _atomic_write, atomic_write_text
+from .utils import is_writing_process
+
+__all__ = ["CounterfactualImages", "CounterfactualWriter", "read_counterfactual_records"]
+
+_LONGEST_NAME = 80  # characters of a folder's name
+_LOOKED_AT = 256  # items of a data set among which the pictures of a training are chosen
+_SUFFIXES = re.compile(r"\.(nii\.gz|[A-Za-z0-9]{1,5})$")
+
+_WRITTEN = re.compile(r"(counterfactual|reconstruction|difference|region)(_channel\d+)?\.(png|nii\.gz)$")
+
+
+class CounterfactualWriter:
+    """Handler of an evaluator that makes counterfactuals: writes each of them, a table, and a page of all.
+
+    ================================== ================================================================================
+    file                               content
+    ================================== ================================================================================
+    `index.html`                       all cases on one page (:func:`~monai_jointdiff.visualize.counterfactual_report`)
+    `counterfactuals.csv`              a row for each case
+    `cases/<name>/panel.png`           the case as a picture
+    `cases/<name>/record.json`         what is needed to make it again, see :func:`read_counterfactual_records`
+    `cases/<name>/counterfactual.*`    the counterfactual on the pixels of the original file
+    `cases/<name>/reconstruction.*`    the factual reconstruction
+    `cases/<name>/difference.*`        counterfactual minus reconstruction, signed
+    `cases/<name>/region.*`            where change was allowed, if it was confined
+    ================================== ================================================================================
+
+    The images come back to the size of the original file, without the padding of the network's input. Of an image that
+    lies in a patient (DICOM, NIfTI, NRRD) and of volumes they are `.nii.gz` files with the axes and the affine of the
+    original and float32 values in [-1, 1]. Of all others they are 8-bit `.png` files: -1 is black, 1 is white; of the
+    difference 128 is no change, and 255 and 0 are a change of +2 and -2; images of other than 1 or 3 channels are one
+    file a channel.
+
+    The evaluator must not decollate; its output's `pred` is a :class:`~monai_jointdiff.inferers.CounterfactualResult`,
+    its batch has `name`, and if they are known `label` and `mask` (the true finding, outlined in the pictures).
+
+    Args:
+        output_dir: folder for the files.
+        class_names: names in the order of the logits.
+        items: the items of the data set before they were prepared, with `image` (a file, an array, or the number of a
+            phantom) and `name`; None: arrays are written on the pixels of the network.
+        multi_label: whether the classes are independent labels.
+        title: of the page.
+        channel_names: of the channels, for images of other than 1 or 3; None: they are not named.
+    """
+
+    def __init__(
+        self,
+        output_dir: str | Path,
+        class_names: Sequence[str],
+        items: Sequence[Mapping[Hashable, Any]] | None = None,
+        multi_label: bool = False,
+        title: str = "Counterfactual explanations",
+        channel_names: Sequence[str] | None = None,
+    ) -> None:
+        self.output_dir = Path(output_dir)
+        self.class_names = list(class_names)
+        self.originals = None if items is None else {item["name"]: item["image"] for item in items}
+        self.multi_label = multi_label
+        self.title = title
+        self.channel_names = channel_names
+        self.cases: list[CounterfactualCase] = []
+        self._settings = ""
+        self._folders: set[str] = set()
+
+    def attach(self, engine: Engine) -> None:
+        """Register with an evaluator that does not decollate (`decollate: false`)."""
+        engine.add_event_handler(Events.EPOCH_STARTED, self._reset)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._write)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self._finish)
+
+    def _reset(self, engine: Engine) -> None:
+        self.cases, self._settings, self._folders = [], "", set()
+
+    def _write(self, engine: Engine) -> None:
+        output: Any = engine.state.output
+        batch: Any = engine.state.batch
+        result: CounterfactualResult = output["pred"]
+        self._settings = _settings_in_words(result.record)
+        masks, labels = batch.get("mask"), batch.get("label")
+        for index, name in enumerate(batch["name"]):
+            case = CounterfactualCase.of(
+                result,
+                index,
+                self.class_names,
+                multi_label=self.multi_label,
+                name=name,
+                mask=None if masks is None else masks[index],
+                label=None if labels is None else self._label_in_words(labels[index]),
+            )
+            folder = self.output_dir / "cases" / self._folder_name(name)
+            self._write_case(folder, case, result, index)
+            self.cases.append(case)
+
+    def _write_case(self, folder: Path, case: CounterfactualCase, result: CounterfactualResult, index: int) -> None:
+        for stale in [path for path in folder.glob("*") if _WRITTEN.match(path.name)]:
+            stale.unlink()  # of an earlier run, which may have had a region or another kind of file
+        _write_bytes(folder / "panel.png", png_bytes(counterfactual_panel(case, self.channel_names)))
+        images = {name: _array(getattr(result, name)[index]) for name in ("counterfactual", "reconstruction")}
+        images["difference"] = _array(result.difference[index])
+        grid = self._grid(case.name, images["counterfactual"])
+        restored = {name: grid.restore(image) for name, image in images.items()}
+        if result.region is not None:
+            restored["region"] = (grid.restore(_array(result.region[index])) > 0.5).astype(np.float32)
+        for name, image in restored.items():
+            _write_image(folder, name, image, grid)
+        content = {"name": case.name, **result.record.of_image(index)}
+        if result.record.region is not None:
+            content["region"] = _pack(result.record.region[index])
+        atomic_write_text(folder / "record.json", json.dumps(content, indent=4) + "\n")
+
+    def _grid(self, name: str, image: np.ndarray) -> OriginalGrid:
+        """The pixels of the original; those of the network for phantoms and where no original is known."""
+        spatial = image.shape[1:]
+        original = None if self.originals is None else self.originals.get(name)
+        if original is None or isinstance(original, int):
+            return OriginalGrid.of_array(spatial)
+        return original_grid(original, len(spatial))
+
+    def _folder_name(self, name: str) -> str:
+        """A name below `cases` that no other case has, on systems that do not tell A from a either."""
+        flat = _SUFFIXES.sub("", name).replace("/", "__")
+        plain = re.sub(r"[^\w-]+", "_", flat)[-_LONGEST_NAME:].strip("_") or "case"
+        chosen, number = plain, 1
+        while chosen.casefold() in self._folders:
+            number += 1
+            chosen = f"{plain}-{number}"
+        self._folders.add(chosen.casefold())
+        return chosen
+
+    def _label_in_words(self, label: Any) -> str | None:
+        """The true class or labels; None where they are unknown."""
+        values = torch.as_tensor(label)
+        if values.ndim == 0:
+            return self.class_names[int(values)] if values >= 0 else None
+        if bool((values < 0).all()):
+            return None
+        return ", ".join(name for name, value in zip(self.class_names, values, strict=True) if value == 1) or "none"
+
+    def _finish(self, engine: Engine) -> None:
+        atomic_write_text(self.output_dir / "counterfactuals.csv", self._table())
+        page = counterfactual_report(self.cases, self.title, self._settings, self.channel_names)
+        atomic_write_text(self.output_dir / "index.html", page)
+
+    def _table(self) -> str:
+        stages = ("image", "reconstruction", "counterfactual")
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        probabilities = [f"probability_{name}_{stage}" for stage in stages for name in self.class_names]
+        figures = ["reached", "scale", "l1_input", "l1_reconstruction", "l1_encoding", "network_calls", "seconds"]
+        writer.writerow(["image", "label", "prediction", "target", "enforce", *probabilities, *figures])
+        for case in self.cases:
+            values = (
+                *case.probabilities,
+                *case.probabilities_reconstruction,
+                *case.probabilities_counterfactual,
+            )
+            target = self.class_names[case.target]
+            writer.writerow(
+                [case.name, case.label or "", case.prediction, target, case.enforce]
+                + [f"{value:.6f}" for value in values]
+                + [case.reached, f"{case.scale:.6g}"]
+                + [f"{value:.6f}" for value in (case.l1_input, case.l1_reconstruction, case.l1_encoding)]
+                + [f"{case.network_calls:.1f}", f"{case.seconds:.3f}"]
+            )
+        return text.getvalue()
+
+
+class CounterfactualImages:
+    """Handler of a trainer: shows every few epochs counterfactuals of the same images, in TensorBoard and as PNG files.
+
+    One row an image: the image, its factual reconstruction, its counterfactual and the change in color, with what the
+    network says of each. A multi-class network is asked for the most probable other class; a multi-label one for the
+    opposite of a label, of each image the next label in turn. The images are taken from all classes in turn.
+
+    Args:
+        inferer: makes the counterfactuals; few steps are enough to see whether they mean anything.
+        dataset: its items have `image` (C, *spatial) in [-1, 1], `label`, and if it is known `mask`.
+        network: the network, in general the average (`ema.ema_model`). Its mode is kept.
+        directory: of the files `counterfactuals_epoch<epoch>.png`, made when it is missing.
+        class_names: names in the order of the logits.
+        num_images: number of images, at most those of the data set.
+        multi_label: whether the classes are independent labels.
+        interval: epochs between two pictures, >= 1.
+        summary_writer: a TensorBoard `SummaryWriter`; None: PNG files only.
+
+    Raises:
+        ValueError: for fewer than one image or an interval below 1.
+    """
+
+    def __init__(
+        self,
+        inferer: CounterfactualInferer,
+        dataset: Any,
+        network: nn.Module,
+        directory: str | Path,
+        class_names: Sequence[str],
+        num_images: int = 4,
+        multi_label: bool = False,
+        interval: int = 1,
+        summary_writer: Any = None,
+    ) -> None:
+        if num_images < 1 or interval < 1:
+            raise ValueError(
+                f"CounterfactualImages: at least one image and an interval >= 1 epoch expected, got {num_images} and "
+                f"{interval}."
+            )
+        self.inferer = inferer
+        self.dataset = dataset
+        self.network = network
+        self.directory = Path(directory)
+        self.class_names = list(class_names)
+        self.num_images = num_images
+        self.multi_label = multi_label
+        self.interval = interval
+        self.summary_writer = summary_writer
+        self._items: list[Mapping[Hashable, Any]] | None = None
+
+    def attach(self, engine: Engine) -> None:
+        """Register with a trainer."""
+        engine.add_event_handler(Events.EPOCH_COMPLETED(every=self.interval), self)
+
+    def __call__(self, engine: Engine) -> None:
+        """Draw and write the picture of the present epoch; only rank 0 does."""
+        if not is_writing_process():
+            return
+        picture = self.picture()
+        save_png(picture, self.directory / f"counterfactuals_epoch{engine.state.epoch:04d}.png")
+        if self.summary_writer is not None:
+            self.summary_writer.add_image("counterfactuals", picture, global_step=engine.state.epoch, dataformats="HWC")
+
+    def picture(self) -> np.ndarray:
+        """The counterfactuals of the present network as one picture, uint8 (rows, columns, 3)."""
+        if self._items is None:
+            self._items = [self.dataset[index] for index in _varied(self.dataset, self.num_images)]
+        device = next(self.network.parameters()).device
+        images = torch.stack([torch.as_tensor(item["image"]) for item in self._items]).to(device)
+        if self.multi_label:
+            labels = [index % len(self.class_names) for index in range(len(images))]
+            result = self.inferer(images, self.network, labels, None)
+        else:
+            result = self.inferer(images, self.network)
+        return counterfactual_strip(
+            [
+                CounterfactualCase.of(
+                    result, index, self.class_names, multi_label=self.multi_label, mask=item.get("mask")
+                )
+                for index, item in enumerate(self._items)
+            ]
+        )
+
+
+def read_counterfactual_records(paths: Sequence[str | Path]) -> CounterfactualRecord:
+    """The record of a batch from the `record.json` of its images, for :meth:`CounterfactualInferer.replay`.
+
+    Args:
+        paths: one file an image, in the order of the batch, of one run.
+
+    Returns:
+        the record.
+
+    Raises:
+        ValueError: for no file, or files of runs with other settings.
+    """
+    contents = [json.loads(Path(path).read_text(encoding="utf-8")) for path in paths]
+    shared = ("rule", "encoding", "inversion_iterations", "timesteps", "confined")
+    different = [key for key in shared if any(content[key] != contents[0][key] for content in contents)]
+    if not contents or different:
+        raise ValueError(
+            "read_counterfactual_records: at least one file expected, all of one run, got "
+            f"{len(contents)} that differ in {', '.join(different) or 'nothing'}."
+        )
+    first = contents[0]
+    return CounterfactualRecord(
+        target=tuple(content["target"] for content in contents),
+        enforce=tuple(content["enforce"] for content in contents),
+        scale=tuple(content["scale"] for content in contents),
+        rule=first["rule"],
+        encoding=first["encoding"],
+        inversion_iterations=first["inversion_iterations"],
+        seeds=tuple(content["seed"] for content in contents),
+        timesteps=tuple(first["timesteps"]),
+        region=torch.stack([_unpack(content["region"]) for content in contents]) if first["confined"] else None,
+    )
+
+
+def _pack(region: torch.Tensor) -> dict[str, Any]:
+    """A mask as text: its bits, eight in a byte, in base64."""
+    bits = np.packbits(region.cpu().numpy())
+    return {"shape": list(region.shape), "bits": base64.b64encode(bits.tobytes()).decode("ascii")}
+
+
+def _unpack(packed: Mapping[str, Any]) -> torch.Tensor:
+    shape = packed["shape"]
+    bits = np.unpackbits(np.frombuffer(base64.b64decode(packed["bits"]), np.uint8), count=int(np.prod(shape)))
+    return torch.from_numpy(bits.astype(bool).reshape(shape))
+
+
+def _settings_in_words(record: CounterfactualRecord) -> str:
+    confined = "everywhere" if record.region is None else "within a region"
+    return (
+        f"Rule: {record.rule}. Encoding: {record.encoding}, {record.inversion_iterations} network calls a step, up to "
+        f"timestep {record.timesteps[0]} in {len(record.timesteps)} steps. Change was allowed {confined}."
+    )
+
+
+def _write_image(folder: Path, name: str, image: np.ndarray, grid: OriginalGrid) -> None:
+    """An image on its original grid: NIfTI where it lies in a patient, else PNG."""
+    if grid.affine is not None:
+        _write_bytes(folder / f"{name}.nii.gz", nifti_bytes(image, grid))
+        return
+    shown = {"difference": image / 2, "region": image * 2 - 1}.get(name, image)
+    if len(image) in (1, 3):
+        _write_bytes(folder / f"{name}.png", png_bytes(to_tile(shown)))
+        return
+    for number, channel in enumerate(shown):
+        _write_bytes(folder / f"{name}_channel{number}.png", png_bytes(to_tile(channel[None])))
+
+
+def _write_bytes(path: Path, content: bytes) -> None:
+    _atomic_write(path, lambda stream: stream.write(content))
+
+
+def _array(image: torch.Tensor) -> np.ndarray:
+    return np.asarray(image.detach().float().cpu())
+
+
+def _varied(dataset: Any, count: int) -> list[int]:
+    """The first items of each class in turn; of a multi-label data set simply the first."""
+    by_class: dict[Any, list[int]] = {}
+    for index in range(min(len(dataset), _LOOKED_AT)):
+        label = torch.as_tensor(dataset[index]["label"])
+        by_class.setdefault(int(label) if label.ndim == 0 else None, []).append(index)
+    turns = sorted((turn, str(name), index) for name, found in by_class.items() for turn, index in enumerate(found))
+    return [index for _, _, index in turns[:count]]

@@ -1,0 +1,355 @@
+# Copyright (c) MONAI-JointDiff Contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The brain MRI bundle from end to end through `monai.bundle`: what it has beside the programs of `chest_xray`."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import tempfile
+import unittest
+import warnings
+from pathlib import Path
+from typing import Any
+
+import monai.bundle
+import nibabel
+import numpy as np
+import torch
+from parameterized import parameterized
+
+from monai_jointdiff.data import BrainPhantoms, ImageFiles, read_image
+from monai_jointdiff.engines import ModelDescription, load_weights, preprocessing_of_model
+from tests.bundles import runs
+from tests.bundles.default_model import BUNDLES, default_description
+from tests.bundles.runs import PHANTOMS, ROOT, TINY, leave_no_trace, message_of, run, working_directory
+
+BUNDLE, CHEST = BUNDLES / "brain_mri", BUNDLES / "chest_xray"
+DATA = os.environ.get("JOINTDIFF_DATA")
+NEEDS_DATA = "JOINTDIFF_DATA does not say where the real data are"
+TRAIN = "bundles/brain_mri/train.json"
+SCAN = {"image_column": ["flair", "t1c"], "mask_column": "seg", "min_mask_pixels": 4}
+TEMPORARY = Path()
+TRAINED = Path()  # one epoch of three iterations on phantoms
+BEFORE: set[Path] = set()  # files of the checkout's bundle
+
+# Every place where the programs of the two bundles differ; `imports` of train.json have one line more, too.
+OPTIONS_OF_VOLUMES = {"mask_column", "slice_axis", "slice_every", "min_foreground", "min_mask_pixels"}
+DIFFERENCES = {
+    "train": {
+        "imports",
+        "bundle_root",
+        "image_column",
+        "epochs",
+        "bias_correction",
+        *OPTIONS_OF_VOLUMES,
+        *(f"source#{name}" for name in OPTIONS_OF_VOLUMES),
+        *(f"source#{name}" for name in ("mask_classes", "intensity", "correction", "phantoms")),
+    },
+    "multi_gpu_train": set(),
+    "evaluate": {"bundle_root", *OPTIONS_OF_VOLUMES, *(f"source#{name}" for name in OPTIONS_OF_VOLUMES)},
+    "inference": {"bundle_root", "image_column", "slice_axis", "slice_every", "min_foreground", "dataset#data"},
+    "generate": {"bundle_root"},
+    "counterfactual": {"bundle_root"},
+}
+PROGRAMS = [program for program in DIFFERENCES if program not in ("train", "multi_gpu_train")]
+
+
+def setUpModule() -> None:
+    global TEMPORARY, TRAINED, BEFORE
+    leave_no_trace()
+    BEFORE = set(BUNDLE.rglob("*"))
+    folder = tempfile.TemporaryDirectory()
+    unittest.addModuleCleanup(folder.cleanup)
+    TEMPORARY = Path(folder.name).resolve()
+    TRAINED = TEMPORARY / "trained"
+    train(TRAINED, **PHANTOMS)
+
+
+def fresh(name: str) -> Path:
+    return Path(tempfile.mkdtemp(prefix=name + "_", dir=TEMPORARY))
+
+
+def train(directory: Path, **options: Any) -> str:
+    return runs.train(directory, config_file=TRAIN, **{"epochs": 1, "num_samples": 0, **options})
+
+
+def use(program: str, model: Path, output: Path, **options: Any) -> str:
+    return runs.use(program, model, output, bundle="brain_mri", **options)
+
+
+def content(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="", encoding="utf-8") as stream:
+        return list(csv.DictReader(stream))
+
+
+def save_scans(folder: Path, count: int = 8) -> Path:
+    """Volumes of phantoms as scanners store them: one file for each channel, and one for the tumour."""
+    phantoms = BrainPhantoms(3, (10, 16, 16), 1)
+    for n in range(count):
+        phantom = phantoms(n, n % 2)
+        flair, t1c = phantom.image.astype(np.int16) * 9
+        (folder / f"case{n}").mkdir(parents=True, exist_ok=True)
+        for name, array in (("flair", flair), ("t1c", t1c), ("seg", phantom.mask[0].astype(np.uint8))):
+            image = nibabel.Nifti1Image(array.T, np.diag([-2.0, -2.0, 3.0, 1.0]))
+            nibabel.save(image, folder / f"case{n}" / f"case{n}_{name}.nii.gz")
+    return folder
+
+
+def leaves(config: Any, prefix: str = "") -> dict[str, Any]:
+    """The entries of a configuration by their full names."""
+    if not isinstance(config, dict):
+        return {prefix: config}
+    return {
+        k: v for key, value in config.items() for k, v in leaves(value, f"{prefix}#{key}" if prefix else key).items()
+    }
+
+
+class TestPrograms(unittest.TestCase):
+    def test_training_describes_what_it_saw(self) -> None:
+        described = content(TRAINED / "models" / "model.json")
+        self.assertEqual(described["data"]["class_names"], ["no_tumour", "tumour"])
+        self.assertEqual((described["network"]["in_channels"], described["network"]["out_channels"]), (2, 2))
+        self.assertEqual(described["data"]["opened_with"]["phantoms"], "brain")
+        self.assertEqual(described["data"]["bias_correction"], None)
+        self.assertIn("test auc", content(TRAINED / "output" / "summary.json"))
+
+    def test_evaluation_repeats_the_figures_of_the_training(self) -> None:
+        output = fresh("evaluate")
+        use("evaluate", TRAINED, output)
+        for file in ("metrics.json", "predictions.csv"):
+            self.assertEqual((output / file).read_text(), (TRAINED / "output" / file).read_text())
+
+    def test_generates_both_channels(self) -> None:
+        output = fresh("generate")
+        use("generate", TRAINED, output, num_samples=2, num_inference_steps=2)
+        self.assertEqual({path.name for path in output.iterdir()}, {"sample_00000.png", "sample_00001.png", "grid.png"})
+        self.assertEqual(read_image(output / "sample_00000.png").size, 2 * 16 * 16)
+
+    def test_inference_of_scans_without_any_option(self) -> None:
+        """The slices of each scan, with the probabilities that the network gives by hand."""
+        folder, output = save_scans(fresh("scans"), 2), fresh("inference")
+        use("inference", TRAINED, output, precision="fp32", dataset_dir=str(folder))
+        found = rows(output / "predictions.csv")
+        names = [f"case{n}/case{n}_flair.nii.gz#slice_{k:03d}" for n in (0, 1) for k in range(10)]
+        self.assertTrue(found and {row["image"] for row in found} < set(names))
+        description = ModelDescription.load(TRAINED / "models" / "model.json")
+        network = description.build_network().eval()
+        network.load_state_dict(load_weights(TRAINED / "models" / "model.pt"))
+        for row in found[::5]:
+            case, index = row["image"].split("/")[0], int(row["image"][-3:])
+            files = tuple(folder / case / f"{case}_{name}.nii.gz" for name in ("flair", "t1c"))
+            image = ImageFiles(files, 0, index)
+            prepared = preprocessing_of_model(description)({"image": image, "label": -1, "name": ""})["image"]
+            with torch.no_grad():
+                logits = network(prepared.as_tensor()[None]).double().numpy()
+            expected = description.decision.probabilities(logits)[0]
+            self.assertAlmostEqual(float(row["probability_tumour"]), expected[1], places=5)
+
+    def test_inference_with_other_files_and_slices(self) -> None:
+        folder, output = save_scans(fresh("scans"), 1), fresh("inference")
+        options = {"image_column": "flair,seg", "slice_axis": 2, "slice_every": 4, "min_foreground": 0.0}
+        use("inference", TRAINED, output, dataset_dir=str(folder), **options)
+        found = [row["image"] for row in rows(output / "predictions.csv")]
+        self.assertEqual(found, [f"case0/case0_flair.nii.gz#slice_{n:03d}" for n in (0, 4, 8, 12)])
+
+
+class TestScans(unittest.TestCase):
+    def test_training_with_masks_and_bias_correction_and_evaluation(self) -> None:
+        folder, model = save_scans(fresh("scans")), fresh("model")
+        correction = {"_target_": "monai_jointdiff.transforms.N4BiasFieldCorrection", "iterations": [2]}
+        options = {**SCAN, "slice_every": 2, "source#correction": correction}
+        printed = train(model, dataset_dir=str(folder), **options)
+        self.assertRegex(printed, r"train: \d+ images \(no_tumour \d+, tumour \d+\)")
+        data = content(model / "models" / "model.json")["data"]
+        self.assertEqual(data["bias_correction"]["iterations"], [2])
+        self.assertEqual((data["opened_with"]["slice_every"], data["opened_with"]["mask_column"]), (2, "seg"))
+        output = fresh("evaluate")
+        use("evaluate", model, output, dataset_dir=str(folder))
+        for file in ("metrics.json", "predictions.csv"):
+            self.assertEqual((output / file).read_text(), (model / "output" / file).read_text())
+        self.assertTrue(all("#slice_" in row["image"] for row in rows(output / "predictions.csv")))
+        self.assertNotIn(str(TEMPORARY), (model / "models" / "model.json").read_text())
+
+    def test_training_by_a_table(self) -> None:
+        folder = save_scans(fresh("scans"))
+        with open(folder / "labels.csv", "w", encoding="utf-8") as stream:
+            stream.write("flair,contrast,label,patient,split\n")
+            for n in range(6):
+                scan, label, part = f"case{n}/case{n}", ("tumour", "no_tumour")[n % 2], ("train", "val", "test")[n // 2]
+                stream.write(f"{scan}_flair.nii.gz,{scan}_t1c.nii.gz,{label},p{n},{part}\n")
+        model = fresh("model")
+        printed = train(model, dataset_dir=str(folder), image_column="flair,contrast", slice_axis=1)
+        self.assertRegex(printed, r"train: \d+ images \(no_tumour \d+, tumour \d+\)")
+        self.assertEqual({row["image"][:5] for row in rows(model / "output" / "predictions.csv")}, {"case4", "case5"})
+
+    def test_scans_that_do_not_fit_are_named_before_training(self) -> None:
+        folder = save_scans(fresh("scans"), 3)
+        short = nibabel.Nifti1Image(np.zeros((16, 16, 9), np.int16), np.diag([-2.0, -2.0, 3.0, 1.0]))
+        nibabel.save(short, folder / "case1" / "case1_t1c.nii.gz")
+        (folder / "case2" / "case2_flair.nii.gz").write_bytes(b"no image")
+        with self.assertRaises((ValueError, RuntimeError)) as caught:
+            train(fresh("model"), dataset_dir=str(folder), **SCAN)
+        message = message_of(caught.exception)
+        self.assertIn("2 volumes cannot be cut into slices", message)
+        for name in ("case1_t1c.nii.gz': its shape is (9, 16, 16)", "case2_flair.nii.gz"):
+            self.assertIn(name, message)
+
+    @parameterized.expand(
+        [
+            ("corrected", {"bias_correction": "true"}, True, 0),
+            ("plain", {"bias_correction": "false", "slice_axis": "null", "mask_column": "null"}, False, None),
+            ("of_the_file", {}, False, 0),
+        ]
+    )
+    def test_words_of_the_command_line(
+        self, _: str, options: dict[str, Any], corrected: bool, axis: int | None
+    ) -> None:
+        """`monai.bundle run` hands on true, false and null as texts."""
+        parser = monai.bundle.ConfigParser()
+        parser.read_config(BUNDLE / "configs" / "train.json")
+        with working_directory(ROOT):
+            parser.update({**PHANTOMS, **options})
+            description = parser.get_parsed_content("source").description()
+        self.assertEqual(description["bias_correction"] is not None, corrected)
+        self.assertEqual(description["opened_with"]["slice_axis"], axis)
+        self.assertIsNone(description["opened_with"]["mask_column"])
+
+
+@unittest.skipUnless(DATA, NEEDS_DATA)
+class TestRealData(unittest.TestCase):
+    def test_slices(self) -> None:
+        model, output = fresh("model"), fresh("evaluate")
+        file = str(Path(str(DATA)) / "brats2013_slices_64.npz")
+        printed = train(model, dataset_dir=file, preflight=False, **{"train#epoch_length": 3})
+        self.assertIn("train: 371 images (no_tumour 117, tumour 254)", printed)
+        use("evaluate", model, output, dataset_dir=file, batch_size=128)
+        self.assertEqual((output / "metrics.json").read_text(), (model / "output" / "metrics.json").read_text())
+
+    def test_volumes_in_one_file(self) -> None:
+        file = str(Path(str(DATA)) / "brats2013_vol_64.npz")
+        options = {"slice_axis": 2, "slice_every": 8, "train#epoch_length": 2}
+        printed = train(fresh("model"), dataset_dir=file, **options)
+        self.assertRegex(printed, r"test: \d+ images \(no_tumour \d+, tumour \d+\)")
+
+    def test_scan_as_it_was_published(self) -> None:
+        folder, output = Path(str(DATA)) / "originals" / "brats2013_pat0006", fresh("inference")
+        use("inference", TRAINED, output, dataset_dir=str(folder), slice_every=30)
+        names = [row["image"] for row in rows(output / "predictions.csv")]
+        self.assertEqual(names, [f"Flair_subtrMeanDivStd.nii.gz#slice_{n:03d}" for n in (30, 60, 90, 120)])
+
+
+class TestBundleFormat(unittest.TestCase):
+    @parameterized.expand(DIFFERENCES)
+    def test_differs_from_the_chest_bundle_only_where_listed(self, program: str) -> None:
+        ours, theirs = ((bundle / "configs" / f"{program}.json").read_text() for bundle in (BUNDLE, CHEST))
+        one, two = leaves(json.loads(ours)), leaves(json.loads(theirs))
+        differing = {key for key in one.keys() | two.keys() if one.get(key, "missing") != two.get(key, "missing")}
+        listed = DIFFERENCES[program]
+        self.assertEqual(
+            {key for key in differing if not any(key == k or key.startswith(f"{k}#") for k in listed)}, set()
+        )
+        self.assertEqual(
+            {k for k in listed if not any(key == k or key.startswith(f"{k}#") for key in differing)}, set()
+        )
+
+    def test_imports_and_root_differ_by_what_they_must(self) -> None:
+        ours, theirs = (content(bundle / "configs" / "train.json") for bundle in (BUNDLE, CHEST))
+        self.assertEqual(ours["imports"], [*theirs["imports"], "$import monai_jointdiff.transforms as transforms"])
+        self.assertEqual(ours["bundle_root"], theirs["bundle_root"].replace("chest_xray", "brain_mri"))
+
+    @parameterized.expand([("train", "train"), *[(program, "infer") for program in PROGRAMS]])
+    def test_has_every_property_that_monai_checks(self, program: str, workflow_type: str) -> None:
+        options: dict[str, Any] = {"ckpt_dir": str(TRAINED / "models"), "output_dir": str(fresh("properties"))}
+        options |= {**TINY, **PHANTOMS} if program == "train" else {"progress": False}
+        with working_directory(ROOT), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            workflow = monai.bundle.create_workflow(
+                config_file=f"bundles/brain_mri/configs/{program}.json",
+                workflow_type=workflow_type,
+                logging_file=False,
+                **options,
+            )
+            self.assertEqual(workflow.check_properties(), [])
+
+    def test_untrained_network_is_as_metadata_says(self) -> None:
+        with working_directory(ROOT), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            monai.bundle.verify_net_in_out(
+                net_id="network_def",
+                meta_file=str(BUNDLE / "configs" / "metadata.json"),
+                config_file=str(BUNDLE / "configs" / "inference.json"),
+                device="cpu",
+                ckpt_dir=str(fresh("none")),
+            )
+
+    def test_copy_of_the_bundle_alone_works(self) -> None:
+        inside = fresh("copy") / "brain_mri"
+        shutil.copytree(BUNDLE, inside, symlinks=True)
+        run("configs/train.json", inside, **{**TINY, **PHANTOMS, "epochs": 1, "num_samples": 0})
+        self.assertTrue((inside / "models" / "model.pt").is_file())
+
+    def test_metadata_follow_monais_schema(self) -> None:
+        schema = os.environ.get("JOINTDIFF_META_SCHEMA")
+        if schema is None:
+            self.skipTest("JOINTDIFF_META_SCHEMA does not say where MONAI's meta_schema_20240725.json is")
+        copy = fresh("schema") / "schema.json"
+        shutil.copy(schema, copy)
+        monai.bundle.verify_metadata(meta_file=str(BUNDLE / "configs" / "metadata.json"), filepath=str(copy))
+
+    def test_metadata_describe_the_default_model(self) -> None:
+        default = ModelDescription.load(BUNDLE / "configs" / "default_model.json")
+        metadata = content(BUNDLE / "configs" / "metadata.json")
+        formats = metadata["network_data_format"]
+        image, pred = formats["inputs"]["image"], formats["outputs"]["pred"]
+        self.assertEqual((image["num_channels"], *image["spatial_shape"]), default.image_shape)
+        self.assertEqual([pred["channel_def"][str(k)] for k in range(pred["num_channels"])], default.class_names)
+        self.assertEqual(metadata["name"], BUNDLE.name)
+        self.assertIn(metadata["version"], metadata["changelog"])
+
+    def test_default_model_is_what_train_json_gives(self) -> None:
+        default = default_description(BUNDLE)
+        stored = ModelDescription.load(BUNDLE / "configs" / "default_model.json")
+        remedy = "configs/default_model.json is not what train.json gives; python -m tests.bundles.default_model"
+        for part in ("network", "scheduler", "data", "decision", "trained"):
+            one, two = (json.loads(json.dumps(vars(d)[part], default=vars)) for d in (stored, default))
+            self.assertEqual(one, two, f"{remedy} writes it anew: '{part}' differs")
+
+    def test_short_paths_are_links_to_the_configurations(self) -> None:
+        configs = {path.name for path in (BUNDLE / "configs").iterdir()} - {"default_model.json"}
+        self.assertEqual({path.name for path in BUNDLE.iterdir() if path.is_symlink()}, configs)
+        for name in configs:
+            self.assertEqual(os.readlink(BUNDLE / name), os.path.join("configs", name))
+
+    def test_every_option_of_the_readme_is_one_of_the_programs(self) -> None:
+        table = (BUNDLE / "docs" / "README.md").read_text(encoding="utf-8").split("## Options")[1].split("\n## ")[0]
+        known = {key for program in ("train", *PROGRAMS) for key in content(BUNDLE / "configs" / f"{program}.json")}
+        first_cells = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `--")]
+        named = {part.strip(" `-") for cell in first_cells for part in cell.split(",")}
+        self.assertEqual(named - known, set())
+        missing = {"mask_column", "slice_axis", "slice_every", "min_foreground", "min_mask_pixels", "bias_correction"}
+        self.assertEqual(missing - named, set())
+
+
+class TestLastOfAll(unittest.TestCase):
+    def test_nothing_was_written_into_the_checkout(self) -> None:
+        self.assertEqual(set(BUNDLE.rglob("*")), BEFORE)
+
+
+if __name__ == "__main__":
+    unittest.main()

@@ -1,0 +1,197 @@
+# Copyright (c) MONAI-JointDiff Contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+import unittest
+from html.parser import HTMLParser
+from typing import Any
+
+import numpy as np
+from monai.utils import optional_import
+
+from monai_jointdiff.visualize import CounterfactualCase, counterfactual_report, png_bytes
+from tests.visualize.counterfactuals import known_result
+
+pil_image, has_pillow = optional_import("PIL.Image")
+
+# void elements have no end tag
+VOID = {"meta", "img", "br", "link", "input"}
+
+
+class Page(HTMLParser):
+    """A page taken apart: its elements, its texts, and whether every element that was opened was closed."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[str] = []
+        self.code: list[str] = []  # of style and script
+        self._open: list[str] = []
+        self.feed(html)
+        self.close()
+        if self._open:
+            raise AssertionError(f"never closed: {self._open}")
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self._open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if self._open.pop() != tag:
+            raise AssertionError(f"</{tag}> closes another element")
+
+    def handle_data(self, data: str) -> None:
+        (self.code if self._open and self._open[-1] in ("style", "script") else self.texts).append(data)
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.elements if name == tag]
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.texts).split())
+
+
+def check_self_contained(case: unittest.TestCase, html: str) -> Page:
+    """Nothing is loaded from anywhere, pictures are embedded and described, and it is readable on a phone."""
+    page = Page(html)
+    for attributes in page.all("img"):
+        kind, content = (attributes["src"] or "").split(",", 1)
+        case.assertEqual(kind, "data:image/png;base64")
+        with pil_image.open(io.BytesIO(base64.b64decode(content, validate=True))) as picture:
+            case.assertEqual(picture.size, (int(attributes["width"] or 0), int(attributes["height"] or 0)))
+        case.assertTrue(attributes["alt"])
+    without_pictures = re.sub(r"base64,[A-Za-z0-9+/=]+", "", html)
+    for forbidden in ("http:", "https:", "//", "url(", "@import", "file:"):
+        case.assertNotIn(forbidden, without_pictures)
+    for tag in ("link", "iframe", "object", "embed"):
+        case.assertEqual(page.all(tag), [])
+    case.assertTrue(all("src" not in attributes for attributes in page.all("script")))
+    case.assertIn({"name": "viewport", "content": "width=device-width, initial-scale=1"}, page.all("meta"))
+    style = "".join(page.code)
+    case.assertRegex(style, r"@media \(max-width: 700px\)")
+    case.assertIn("@media (prefers-color-scheme: dark)", style)
+    return page
+
+
+def cases(count: int = 3, **options: Any) -> list[CounterfactualCase]:
+    images = np.random.default_rng(0).uniform(-1, 1, (count, 1, 8, 8))
+    change = np.linspace(0.1, 0.3, count)[:, None, None, None]
+    result = known_result(images, change, **options)
+    return [CounterfactualCase.of(result, n, ["normal", "effusion"], name=f"left/{n}.png") for n in range(count)]
+
+
+@unittest.skipUnless(has_pillow, "Pillow is not installed")
+class TestReport(unittest.TestCase):
+    def test_is_one_page_with_everything_in_it(self) -> None:
+        page = check_self_contained(self, counterfactual_report(cases(), settings="rule <x>"))
+        self.assertEqual(len(page.all("img")), 3 * 4)
+        self.assertEqual(sum(element == "h1" for element, _ in page.elements), 1)
+        self.assertEqual(page.all("html"), [{"lang": "en"}])
+        for part in ("How to read this page", "When not to trust it", "Not for clinical use", "rule <x>"):
+            self.assertIn(part, page.text)
+
+    def test_pictures_are_those_of_the_cases(self) -> None:
+        shown = cases(1)
+        page = check_self_contained(self, counterfactual_report(shown))
+        tiles = shown[0].tiles
+        expected = (tiles.image, tiles.reconstruction, tiles.counterfactual, tiles.overlay)
+        for attributes, tile in zip(page.all("img"), expected, strict=True):
+            content = base64.b64decode((attributes["src"] or "").split(",", 1)[1])
+            np.testing.assert_array_equal(np.asarray(pil_image.open(io.BytesIO(content))), tile)
+
+    def test_cards_can_be_sorted(self) -> None:
+        shown = cases()
+        page = check_self_contained(self, counterfactual_report(shown))
+        cards = [a for a in page.all("li") if a.get("class") == "case"]
+        self.assertEqual([card["data-name"] for card in cards], ["left/0.png", "left/1.png", "left/2.png"])
+        np.testing.assert_allclose([float(card["data-confidence"] or 0) for card in cards], 0.9, atol=1e-6)
+        np.testing.assert_allclose([float(card["data-change"] or 0) for card in cards], [0.1, 0.2, 0.3], atol=1e-6)
+        keys = [attributes["value"] for attributes in page.all("option")]
+        self.assertEqual(keys, ["number", "confidence", "change", "name"])
+        for key in keys:
+            self.assertTrue(all(f"data-{key}" in card for card in cards))
+        self.assertEqual(page.all("button"), [{"type": "button", "id": "turn"}])
+        ids = {attributes.get("id") for _, attributes in page.elements}
+        self.assertEqual(set(re.findall(r'getElementById\("(\w+)"\)', "".join(page.code))) - ids, set())
+
+    def test_numbers_are_written_out(self) -> None:
+        page = check_self_contained(self, counterfactual_report(cases(1, between=[[0.85, 0.15]])))
+        for number in (
+            "0.900",
+            "0.100",
+            "0.850",
+            "0.150",
+            "0.200",
+            "0.800",
+            "0.1000",
+            "0.1100",
+            "0.0100",
+            "\u22120.10",
+        ):
+            self.assertIn(number, page.text)
+        self.assertIn("normal \u2192 effusion : probability 0.10 \u2192 0.80", page.text)
+
+    def test_summary_has_a_row_for_each_direction(self) -> None:
+        one = known_result(np.zeros((3, 1, 8, 8)), 0.2)
+        two = known_result(np.zeros((1, 1, 8, 8)), 0.4, [[0.2, 0.8]], [[0.6, 0.4]], target=0, reached=False)
+        names = ["normal", "effusion"]
+        shown = [CounterfactualCase.of(one, n, names) for n in range(3)] + [CounterfactualCase.of(two, 0, names)]
+        page = check_self_contained(self, counterfactual_report(shown))
+        self.assertIn("4 images, 3 with the requested probability reached", page.text)
+        self.assertIn("normal \u2192 effusion 3 3 0 0.10 \u2192 0.80 0.200 0.010", page.text)
+        self.assertIn("effusion \u2192 normal 1 0 1 0.20 \u2192 0.60 0.400 0.010", page.text)
+
+    def test_doubtful_cases_are_marked(self) -> None:
+        page = check_self_contained(self, counterfactual_report(cases(1, reached=False, between=[[0.3, 0.7]])))
+        self.assertIn("not reached", page.text)
+        self.assertIn("already change the prediction", page.text)
+        trusted = check_self_contained(self, counterfactual_report(cases(1)))
+        self.assertFalse([a for a in trusted.all("ul") if a.get("class") == "cautions"])
+
+    def test_texts_are_never_read_as_html(self) -> None:
+        evil = '<script>alert("1")</script>\'&amp;.png'
+        result = known_result(np.zeros((1, 1, 8, 8)), 0.2)
+        shown = CounterfactualCase.of(result, 0, [f"a{evil}", f"b{evil}"], name=evil, label=f"c{evil}")
+        page = check_self_contained(self, counterfactual_report([shown], title=f"t{evil}", settings=f"s{evil}"))
+        self.assertEqual(len(page.all("script")), 1)
+        for letter in ("t", "s", "a", "b", "c", ""):
+            self.assertIn(letter + evil, page.text)
+        card = next(a for a in page.all("li") if a.get("class") == "case")
+        self.assertEqual(card["data-name"], evil)
+
+    def test_volumes_and_outlines_are_explained(self) -> None:
+        region = np.ones((1, 1, 4, 8, 8), dtype=bool)
+        result = known_result(np.zeros((1, 1, 4, 8, 8)), 0.2, region=region)
+        page = check_self_contained(self, counterfactual_report([CounterfactualCase.of(result, 0, mask=region[0])]))
+        for part in ("slice 1 of 4", "change was allowed inside", "true finding"):
+            self.assertIn(part, page.text)
+
+    def test_no_case(self) -> None:
+        with self.assertRaisesRegex(ValueError, "at least one case expected"):
+            counterfactual_report([])
+
+
+@unittest.skipUnless(has_pillow, "Pillow is not installed")
+class TestPngBytes(unittest.TestCase):
+    def test_round_trip(self) -> None:
+        for shape in ((5, 7), (5, 7, 3)):
+            picture = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
+            np.testing.assert_array_equal(np.asarray(pil_image.open(io.BytesIO(png_bytes(picture)))), picture)
+
+
+if __name__ == "__main__":
+    unittest.main()
