@@ -25,7 +25,6 @@ same size that were trained apart (the two-network recipe).
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -52,6 +51,7 @@ STEPS = {"num_inference_steps": 8, "inversion_iterations": 2}
 SEARCH = {"precision": 1.5, "max_trials": 8}
 METHODS: dict[str, dict[str, Any]] = {
     MAIN: {**STEPS, **SEARCH, "timestep": 600, "probability": 0.97},
+    "searched_nearer": {**STEPS, **SEARCH, "timestep": 600, "probability": 0.9},
     "two_networks": {**STEPS, **SEARCH, "timestep": 600, "probability": 0.97},
 }
 # seed 0 alone: what each choice does; fixed strengths draw the frontier of flips against change
@@ -250,7 +250,11 @@ def measure(
         numbers["scale"].append(torch.tensor(result.record.scale))
         calls.append(result.network_calls)
         seconds += result.seconds
-    values: dict[str, Any] = {"calls per image": sum(calls) / len(calls), "images/s": len(images) / seconds}
+    values: dict[str, Any] = {
+        "options": dict(options),
+        "calls per image": sum(calls) / len(calls),
+        "images/s": len(images) / seconds,
+    }
     for label, direction in ((0, "normal to pneumonia"), (1, "pneumonia to normal")):
         mask = labels == label
         values[direction] = {
@@ -339,7 +343,7 @@ def main() -> None:
         grid = [(MAIN, 0), ("T300_scale3", 0)]
     if options.cells is not None:
         grid = [(name, seed) for name, seed in grid if f"{name}:{seed}" in options.cells]
-    settings = {"images": count, "methods": json.loads(json.dumps({**METHODS, **ABLATION})), "epochs": epochs}
+    settings = {"images": count, "epochs": epochs, "oracle epochs": oracle_epochs}
     root = options.work / "counterfactual" / "quick" if options.quick else RESULTS / "cells"
     store = CellStore("counterfactual", settings, root)
     every = {**METHODS, **ABLATION}

@@ -56,8 +56,8 @@ __all__ = [
     "resize_and_pad",
 ]
 
-_PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff")
-_NIFTI = (".nii", ".nii.gz")
+PICTURE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff")
+NIFTI_ENDINGS = (".nii", ".nii.gz")
 _ITK = (".dcm", ".dicom", ".nrrd", ".nhdr", ".mha", ".mhd")
 _PIL_MODES = {
     "1": "L",
@@ -115,7 +115,7 @@ class _Stored(NamedTuple):
 
 def has_image_suffix(path: str | Path) -> bool:
     """Whether the name of a file says that it is an image of a kind that can be read."""
-    return Path(path).name.lower().endswith((*_PICTURES, *_NIFTI, *_ITK))
+    return Path(path).name.lower().endswith((*PICTURE_ENDINGS, *NIFTI_ENDINGS, *_ITK))
 
 
 def is_dicom(path: str | Path) -> bool:
@@ -162,7 +162,7 @@ def read_volume(files: ImageFiles) -> np.ndarray | None:
         ValueError: when a file is missing or cannot be read, or the files do not belong together; the message names
             the file.
     """
-    if str(files.paths[0]).lower().endswith(_PICTURES):
+    if str(files.paths[0]).lower().endswith(PICTURE_ENDINGS):
         return None
     array = _read_together(files.paths, None, None).array
     return array if array.ndim == 4 and min(array.shape[1:]) > 1 else None
@@ -173,7 +173,7 @@ def _read(path: str | Path, spatial_dims: int | None, in_channels: int | None) -
     try:
         if not path.exists():
             raise ValueError("there is no such file")
-        stored = _picture(path) if path.name.lower().endswith(_PICTURES) else _volume(path, spatial_dims)
+        stored = _picture(path) if path.name.lower().endswith(PICTURE_ENDINGS) else _volume(path, spatial_dims)
         if spatial_dims is not None and stored.array.ndim != spatial_dims + 1:
             hint = "; slices are cut from volumes where slice_axis says so" if stored.array.ndim == 4 else ""
             raise ValueError(
@@ -233,7 +233,7 @@ def _picture(path: Path) -> _Stored:
 
 def _volume(path: Path, spatial_dims: int | None) -> _Stored:
     """DICOM, NIfTI, NRRD, MetaImage: (columns, rows[, depth][, channels])."""
-    reader: ImageReader = NibabelReader() if path.name.lower().endswith(_NIFTI) else ITKReader()
+    reader: ImageReader = NibabelReader() if path.name.lower().endswith(NIFTI_ENDINGS) else ITKReader()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         array, meta = reader.get_data(reader.read(str(path)))
@@ -241,7 +241,7 @@ def _volume(path: Path, spatial_dims: int | None) -> _Stored:
     has_channels = isinstance(meta.get("original_channel_dim"), int)
     array = np.moveaxis(array, -1, 0) if has_channels else array[None]
     affine = to_affine_nd(3, np.asarray(meta["affine"], dtype=float))
-    in_patient = _knows_the_patient(meta)
+    in_patient = knows_the_patient(meta)
     if spatial_dims != 2 and array.ndim == 4 and in_patient:
         array, affine = _to_axial(array, affine)
     axes = list(range(array.ndim - 1))
@@ -260,7 +260,7 @@ def _native(array: np.ndarray) -> np.ndarray:
     return array.astype(np.float32) if array.dtype == np.float64 else array
 
 
-def _knows_the_patient(meta: Mapping[str, Any]) -> bool:
+def knows_the_patient(meta: Mapping[str, Any]) -> bool:
     """False for a NIfTI file whose header says that its axes mean nothing."""
     return "sform_code" not in meta or bool(int(meta["sform_code"]) > 0 or int(meta["qform_code"]) > 0)
 

@@ -27,7 +27,7 @@ from monai.data.image_reader import ImageReader
 from monai.data.utils import to_affine_nd
 from monai.utils import optional_import
 
-from monai_jointdiff.data.reading import _NIFTI, _PICTURES, _knows_the_patient, resize_and_pad
+from monai_jointdiff.data.reading import NIFTI_ENDINGS, PICTURE_ENDINGS, knows_the_patient, resize_and_pad
 from monai_jointdiff.data.volumes import ImageFiles
 
 __all__ = ["OriginalGrid", "nifti_bytes", "original_grid"]
@@ -163,7 +163,7 @@ def original_grid(image: str | Path | ImageFiles | np.ndarray, spatial_dims: int
     if not isinstance(image, (str, Path)):
         raise TypeError(f"original_grid: a file or an array expected, got {type(image).__name__}.")
     path = Path(image)
-    if path.name.lower().endswith(_PICTURES):
+    if path.name.lower().endswith(PICTURE_ENDINGS):
         with pil_image.open(path) as picture:
             columns, rows = picture.size
         return OriginalGrid.of_array((rows, columns))
@@ -172,13 +172,13 @@ def original_grid(image: str | Path | ImageFiles | np.ndarray, spatial_dims: int
 
 def _grid_of_volume(path: Path, spatial_dims: int) -> OriginalGrid:
     """DICOM, NIfTI, NRRD, MetaImage, in the steps of :mod:`~monai_jointdiff.data.reading`."""
-    reader: ImageReader = NibabelReader() if path.name.lower().endswith(_NIFTI) else ITKReader()
+    reader: ImageReader = NibabelReader() if path.name.lower().endswith(NIFTI_ENDINGS) else ITKReader()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         array, meta = reader.get_data(reader.read(str(path)))
     sizes = array.shape[:-1] if isinstance(meta.get("original_channel_dim"), int) else array.shape
     affine = np.asarray(to_affine_nd(3, np.asarray(meta["affine"], dtype=float)))
-    oriented = _knows_the_patient(meta)
+    oriented = knows_the_patient(meta)
     place = [(axis, False) for axis in range(len(sizes))]  # of each axis of the file before the order is reversed
     if spatial_dims == 3 and len(sizes) == 3 and oriented:
         turn = orientations.ornt_transform(orientations.io_orientation(affine), orientations.axcodes2ornt(_AXIAL[0]))

@@ -96,7 +96,7 @@ def question_in_words(description: ModelDescription, target: int | str | None, e
 
 
 def images_to_explain(
-    dataset_dir: str | int | None, description: ModelDescription, limit: int | str | None = 16
+    dataset_dir: str | int | None, description: ModelDescription, limit: int | str | None = 16, **options: Any
 ) -> list[dict[Hashable, Any]]:
     """Items to explain, of many images some that are evenly spread over their list.
 
@@ -104,6 +104,7 @@ def images_to_explain(
         dataset_dir: as for :func:`~monai_jointdiff.engines.images_to_classify`.
         description: of the model.
         limit: number of images at most; None: all.
+        options: as for :func:`~monai_jointdiff.engines.images_to_classify`.
 
     Returns:
         items with `image`, `label` and `name`.
@@ -114,7 +115,7 @@ def images_to_explain(
     count = json_word(limit)
     if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
         raise ValueError(f"images_to_explain: --limit must be a whole number of at least 1, or null, got {limit!r}.")
-    items = images_to_classify(dataset_dir, description)
+    items = images_to_classify(dataset_dir, description, **options)
     if count is None or len(items) <= count:
         return items
     return [items[index] for index in np.linspace(0, len(items) - 1, count).round().astype(int)]

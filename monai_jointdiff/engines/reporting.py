@@ -16,6 +16,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,13 @@ import numpy as np
 from monai_jointdiff.engines.description import Decision, ModelDescription
 from monai_jointdiff.handlers.atomic import atomic_write_text
 from monai_jointdiff.handlers.predictions import Predictions
-from monai_jointdiff.metrics import ClassificationReport, choose_threshold, classification_report, fit_temperature
+from monai_jointdiff.metrics import (
+    ClassificationReport,
+    choose_threshold,
+    classification_report,
+    fit_temperature,
+    macro_auc,
+)
 from monai_jointdiff.visualize import confusion_matrix_figure, reliability_figure, roc_curve_figure, save_figure
 
 __all__ = ["ClassificationReporter", "choose_decision", "write_predictions_csv"]
@@ -104,7 +111,8 @@ def _in_words(value: Any, names: Sequence[str]) -> str:
 class ClassificationReporter:
     """Consumer of predictions that writes numbers, table and pictures of a classification.
 
-    Writes `metrics.json`, `predictions.csv`, `roc.png`, `reliability.png` and `confusion.png`.
+    Writes `metrics.json`, `predictions.csv`, `roc.png` (where some class has images with and without it),
+    `reliability.png` and `confusion.png`.
 
     Args:
         description: class names and decision rule (or a callable that returns them when the predictions are there).
@@ -167,7 +175,8 @@ class ClassificationReporter:
 
     def _draw(self, description: ModelDescription, probabilities: np.ndarray, labels: np.ndarray) -> None:
         names = description.class_names
-        save_figure(roc_curve_figure(probabilities, labels, names), self.output_dir / "roc.png")
+        if math.isfinite(macro_auc(probabilities, labels)):  # a small part may hold one class only
+            save_figure(roc_curve_figure(probabilities, labels, names), self.output_dir / "roc.png")
         save_figure(reliability_figure(probabilities, labels), self.output_dir / "reliability.png")
         if not description.multi_label:
             decided = description.decision.classes(probabilities)

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-__all__ = ["atomic_save", "atomic_write_text", "sweep_partial_files"]
+__all__ = ["atomic_save", "atomic_write_bytes", "atomic_write_text", "sweep_partial_files"]
 
 PARTIAL = re.compile(r"^\..+\.\d+\.partial$")  # .<final name>.<process id>.partial
 
@@ -43,6 +43,19 @@ def atomic_save(obj: Any, path: str | os.PathLike) -> Path:
     return _atomic_write(path, lambda stream: torch.save(obj, stream))
 
 
+def atomic_write_bytes(path: str | os.PathLike, content: bytes) -> Path:
+    """Write a file in one step, see :func:`atomic_save`.
+
+    Args:
+        path: final name; its folder is made if it is missing.
+        content: of the file.
+
+    Returns:
+        the final path.
+    """
+    return _atomic_write(path, lambda stream: stream.write(content))
+
+
 def atomic_write_text(path: str | os.PathLike, text: str) -> Path:
     """Write a UTF-8 text file in one step, see :func:`atomic_save`.
 
@@ -53,7 +66,7 @@ def atomic_write_text(path: str | os.PathLike, text: str) -> Path:
     Returns:
         the final path.
     """
-    return _atomic_write(path, lambda stream: stream.write(text.encode("utf-8")))
+    return atomic_write_bytes(path, text.encode("utf-8"))
 
 
 def sweep_partial_files(directory: str | os.PathLike) -> list[Path]:

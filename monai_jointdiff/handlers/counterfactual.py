@@ -40,7 +40,7 @@ from monai_jointdiff.visualize import (
     to_tile,
 )
 
-from .atomic import _atomic_write, atomic_write_text
+from .atomic import atomic_write_bytes, atomic_write_text
 from .utils import is_writing_process
 
 __all__ = ["CounterfactualImages", "CounterfactualWriter", "read_counterfactual_records"]
@@ -138,7 +138,7 @@ class CounterfactualWriter:
     def _write_case(self, folder: Path, case: CounterfactualCase, result: CounterfactualResult, index: int) -> None:
         for stale in [path for path in folder.glob("*") if _WRITTEN.match(path.name)]:
             stale.unlink()  # of an earlier run, which may have had a region or another kind of file
-        _write_bytes(folder / "panel.png", png_bytes(counterfactual_panel(case, self.channel_names)))
+        atomic_write_bytes(folder / "panel.png", png_bytes(counterfactual_panel(case, self.channel_names)))
         images = {name: _array(getattr(result, name)[index]) for name in ("counterfactual", "reconstruction")}
         images["difference"] = _array(result.difference[index])
         grid = self._grid(case.name, images["counterfactual"])
@@ -350,18 +350,14 @@ def _settings_in_words(record: CounterfactualRecord) -> str:
 def _write_image(folder: Path, name: str, image: np.ndarray, grid: OriginalGrid) -> None:
     """An image on its original grid: NIfTI where it lies in a patient, else PNG."""
     if grid.affine is not None:
-        _write_bytes(folder / f"{name}.nii.gz", nifti_bytes(image, grid))
+        atomic_write_bytes(folder / f"{name}.nii.gz", nifti_bytes(image, grid))
         return
     shown = {"difference": image / 2, "region": image * 2 - 1}.get(name, image)
     if len(image) in (1, 3):
-        _write_bytes(folder / f"{name}.png", png_bytes(to_tile(shown)))
+        atomic_write_bytes(folder / f"{name}.png", png_bytes(to_tile(shown)))
         return
     for number, channel in enumerate(shown):
-        _write_bytes(folder / f"{name}_channel{number}.png", png_bytes(to_tile(channel[None])))
-
-
-def _write_bytes(path: Path, content: bytes) -> None:
-    _atomic_write(path, lambda stream: stream.write(content))
+        atomic_write_bytes(folder / f"{name}_channel{number}.png", png_bytes(to_tile(channel[None])))
 
 
 def _array(image: torch.Tensor) -> np.ndarray:

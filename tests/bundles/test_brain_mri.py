@@ -61,7 +61,7 @@ DIFFERENCES = {
     "evaluate": {"bundle_root", *OPTIONS_OF_VOLUMES, *(f"source#{name}" for name in OPTIONS_OF_VOLUMES)},
     "inference": {"bundle_root", "image_column", "slice_axis", "slice_every", "min_foreground", "dataset#data"},
     "generate": {"bundle_root"},
-    "counterfactual": {"bundle_root"},
+    "counterfactual": {"bundle_root", "image_column", "slice_axis", "slice_every", "min_foreground", "dataset#data"},
 }
 PROGRAMS = [program for program in DIFFERENCES if program not in ("train", "multi_gpu_train")]
 
@@ -167,6 +167,14 @@ class TestPrograms(unittest.TestCase):
         use("inference", TRAINED, output, dataset_dir=str(folder), **options)
         found = [row["image"] for row in rows(output / "predictions.csv")]
         self.assertEqual(found, [f"case0/case0_flair.nii.gz#slice_{n:03d}" for n in (0, 4, 8, 12)])
+
+    def test_counterfactuals_of_slices(self) -> None:
+        folder, output = save_scans(fresh("scans"), 1), fresh("counterfactual")
+        options = {"slice_axis": 2, "slice_every": 8, "min_foreground": 0.0, "num_inference_steps": 2, "scale": 1.0}
+        use("counterfactual", TRAINED, output, dataset_dir=str(folder), probability=None, target="tumour", **options)
+        found = [row["image"] for row in rows(output / "counterfactuals.csv")]
+        self.assertEqual(found, [f"case0/case0_flair.nii.gz#slice_{n:03d}" for n in (0, 8)])
+        self.assertEqual(len(list(output.glob("cases/*/counterfactual*.nii.gz"))), 2)
 
 
 class TestScans(unittest.TestCase):

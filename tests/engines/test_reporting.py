@@ -173,6 +173,12 @@ class TestReporter(unittest.TestCase):
         names = {"metrics.json", "predictions.csv", "roc.png", "reliability.png"}
         self.assertEqual({path.name for path in folder.iterdir()}, names)
 
+    def test_a_part_with_one_class_has_no_roc_curve(self) -> None:
+        given = predictions(2)
+        folder, _ = self.report(BINARY, replace(given, labels=np.ones_like(given.labels)))
+        names = {"metrics.json", "predictions.csv", "reliability.png", "confusion.png"}
+        self.assertEqual({path.name for path in folder.iterdir()}, names)
+
     def test_description_may_come_later(self) -> None:
         folder = temporary_folder(self)
         with contextlib.redirect_stdout(io.StringIO()):
