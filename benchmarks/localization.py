@@ -48,9 +48,9 @@ RULES: dict[str, dict[str, Any]] = {
 }
 # data set: bundle, file, options of the training, part on which thresholds are chosen, most images of a part
 DATA: dict[str, dict[str, Any]] = {
-    "phantoms": {"bundle": "chest_xray", "options": {}, "choose": "val", "count": 150},
-    "brats2013_slices_64": {"bundle": "brain_mri", "options": {"epochs": 40}, "choose": "train", "count": 100},
-    "busi_64": {"bundle": "chest_xray", "options": {"epochs": 30}, "choose": "val", "count": 150},
+    "phantoms": {"bundle": "chest_xray", "options": {}, "choose": "val", "count": 60},
+    "brats2013_slices_64": {"bundle": "brain_mri", "options": {"epochs": 40}, "choose": "train", "count": 60},
+    "busi_64": {"bundle": "chest_xray", "options": {"epochs": 30}, "choose": "val", "count": 60},
 }
 FIGURES = ("auprc", "iou", "iou_best", "dice", "pointing", "inside", "outside", "ratio")
 
