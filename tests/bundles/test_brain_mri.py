@@ -19,7 +19,6 @@ import os
 import shutil
 import tempfile
 import unittest
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ from parameterized import parameterized
 from monai_jointdiff.data import BrainPhantoms, ImageFiles, read_image
 from monai_jointdiff.engines import ModelDescription, load_weights, preprocessing_of_model
 from tests.bundles import runs
-from tests.bundles.default_model import BUNDLES, default_description
+from tests.bundles.default_model import BUNDLES
 from tests.bundles.runs import PHANTOMS, ROOT, TINY, leave_no_trace, message_of, run, working_directory
 
 BUNDLE, CHEST = BUNDLES / "brain_mri", BUNDLES / "chest_xray"
@@ -63,7 +62,6 @@ DIFFERENCES = {
     "generate": {"bundle_root"},
     "counterfactual": {"bundle_root", "image_column", "slice_axis", "slice_every", "min_foreground", "dataset#data"},
 }
-PROGRAMS = [program for program in DIFFERENCES if program not in ("train", "multi_gpu_train")]
 
 
 def setUpModule() -> None:
@@ -281,77 +279,18 @@ class TestBundleFormat(unittest.TestCase):
         self.assertEqual(ours["imports"], [*theirs["imports"], "$import monai_jointdiff.transforms as transforms"])
         self.assertEqual(ours["bundle_root"], theirs["bundle_root"].replace("chest_xray", "brain_mri"))
 
-    @parameterized.expand([("train", "train"), *[(program, "infer") for program in PROGRAMS]])
-    def test_has_every_property_that_monai_checks(self, program: str, workflow_type: str) -> None:
-        options: dict[str, Any] = {"ckpt_dir": str(TRAINED / "models"), "output_dir": str(fresh("properties"))}
-        options |= {**TINY, **PHANTOMS} if program == "train" else {"progress": False}
-        with working_directory(ROOT), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            workflow = monai.bundle.create_workflow(
-                config_file=f"bundles/brain_mri/configs/{program}.json",
-                workflow_type=workflow_type,
-                logging_file=False,
-                **options,
-            )
-            self.assertEqual(workflow.check_properties(), [])
-
-    def test_untrained_network_is_as_metadata_says(self) -> None:
-        with working_directory(ROOT), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            monai.bundle.verify_net_in_out(
-                net_id="network_def",
-                meta_file=str(BUNDLE / "configs" / "metadata.json"),
-                config_file=str(BUNDLE / "configs" / "inference.json"),
-                device="cpu",
-                ckpt_dir=str(fresh("none")),
-            )
-
     def test_copy_of_the_bundle_alone_works(self) -> None:
         inside = fresh("copy") / "brain_mri"
         shutil.copytree(BUNDLE, inside, symlinks=True)
         run("configs/train.json", inside, **{**TINY, **PHANTOMS, "epochs": 1, "num_samples": 0})
         self.assertTrue((inside / "models" / "model.pt").is_file())
 
-    def test_metadata_follow_monais_schema(self) -> None:
-        schema = os.environ.get("JOINTDIFF_META_SCHEMA")
-        if schema is None:
-            self.skipTest("JOINTDIFF_META_SCHEMA does not say where MONAI's meta_schema_20240725.json is")
-        copy = fresh("schema") / "schema.json"
-        shutil.copy(schema, copy)
-        monai.bundle.verify_metadata(meta_file=str(BUNDLE / "configs" / "metadata.json"), filepath=str(copy))
 
-    def test_metadata_describe_the_default_model(self) -> None:
-        default = ModelDescription.load(BUNDLE / "configs" / "default_model.json")
-        metadata = content(BUNDLE / "configs" / "metadata.json")
-        formats = metadata["network_data_format"]
-        image, pred = formats["inputs"]["image"], formats["outputs"]["pred"]
-        self.assertEqual((image["num_channels"], *image["spatial_shape"]), default.image_shape)
-        self.assertEqual([pred["channel_def"][str(k)] for k in range(pred["num_channels"])], default.class_names)
-        self.assertEqual(metadata["name"], BUNDLE.name)
-        self.assertIn(metadata["version"], metadata["changelog"])
-
-    def test_default_model_is_what_train_json_gives(self) -> None:
-        default = default_description(BUNDLE)
-        stored = ModelDescription.load(BUNDLE / "configs" / "default_model.json")
-        remedy = "configs/default_model.json is not what train.json gives; python -m tests.bundles.default_model"
-        for part in ("network", "scheduler", "data", "decision", "trained"):
-            one, two = (json.loads(json.dumps(vars(d)[part], default=vars)) for d in (stored, default))
-            self.assertEqual(one, two, f"{remedy} writes it anew: '{part}' differs")
-
-    def test_short_paths_are_links_to_the_configurations(self) -> None:
-        configs = {path.name for path in (BUNDLE / "configs").iterdir()} - {"default_model.json"}
-        self.assertEqual({path.name for path in BUNDLE.iterdir() if path.is_symlink()}, configs)
-        for name in configs:
-            self.assertEqual(os.readlink(BUNDLE / name), os.path.join("configs", name))
-
-    def test_every_option_of_the_readme_is_one_of_the_programs(self) -> None:
-        table = (BUNDLE / "docs" / "README.md").read_text(encoding="utf-8").split("## Options")[1].split("\n## ")[0]
-        known = {key for program in ("train", *PROGRAMS) for key in content(BUNDLE / "configs" / f"{program}.json")}
-        first_cells = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `--")]
-        named = {part.strip(" `-") for cell in first_cells for part in cell.split(",")}
-        self.assertEqual(named - known, set())
-        missing = {"mask_column", "slice_axis", "slice_every", "min_foreground", "min_mask_pixels", "bias_correction"}
-        self.assertEqual(missing - named, set())
+class TestReadme(unittest.TestCase):
+    def test_lists_the_options_of_volumes(self) -> None:
+        readme = (BUNDLE / "docs" / "README.md").read_text(encoding="utf-8")
+        for name in ("mask_column", *OPTIONS_OF_VOLUMES, "bias_correction"):
+            self.assertIn(f"`--{name}`", readme)
 
 
 class TestLastOfAll(unittest.TestCase):

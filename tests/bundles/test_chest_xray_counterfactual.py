@@ -19,7 +19,6 @@ import os
 import shutil
 import tempfile
 import unittest
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,7 @@ from monai_jointdiff.handlers import read_counterfactual_records
 from monai_jointdiff.inferers import CounterfactualInferer
 from monai_jointdiff.visualize import save_png
 from tests.bundles.default_model import BUNDLE
-from tests.bundles.runs import PHANTOMS, ROOT, leave_no_trace, message_of, run, train, use, working_directory
+from tests.bundles.runs import PHANTOMS, ROOT, leave_no_trace, message_of, run, train, use
 from tests.visualize.test_report import Page, check_self_contained
 
 event_accumulator, has_tensorboard = optional_import("tensorboard.backend.event_processing.event_accumulator")
@@ -299,30 +298,6 @@ class TestTraining(unittest.TestCase):
 
 
 class TestFormat(unittest.TestCase):
-    def test_has_every_property_that_monai_checks(self) -> None:
-        with working_directory(ROOT), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            workflow = monai.bundle.create_workflow(
-                config_file="bundles/chest_xray/configs/counterfactual.json",
-                workflow_type="infer",
-                logging_file=False,
-                ckpt_dir=str(TRAINED / "models"),
-                output_dir=str(fresh("properties")),
-                **FAST,
-            )
-            self.assertEqual(workflow.check_properties(), [])
-
-    def test_untrained_network_is_as_metadata_says(self) -> None:
-        with working_directory(ROOT), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            monai.bundle.verify_net_in_out(
-                net_id="network_def",
-                meta_file=str(BUNDLE / "configs" / "metadata.json"),
-                config_file=str(BUNDLE / "configs" / "counterfactual.json"),
-                device="cpu",
-                ckpt_dir=str(fresh("none")),
-            )
-
     def test_from_elsewhere_asks_for_the_bundle_root(self) -> None:
         elsewhere = fresh("elsewhere")
         with self.assertRaises((ValueError, RuntimeError)) as caught:
