@@ -108,18 +108,20 @@ def change_maps(network: nn.Module, scheduler: Any, images: Tensor, options: Map
 def cam_maps(network: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
     """Grad-CAM of the true class on the middle block, 1 where it is strongest."""
     cam = GradCAM(nn_module=network, target_layers="middle_block")
-    return torch.cat([cam(x=image[None], class_idx=int(c)) for image, c in zip(images, labels, strict=True)])
+    maps = [cam(x=image[None], class_idx=int(c)) for image, c in zip(images, labels, strict=True)]
+    return 1 - torch.cat(maps)  # MONAI's normalization puts 0 where the activation is strongest
 
 
 def occlusion_maps(network: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-    """Fall of the true class's logit when a patch is covered."""
+    """Fall of the true class's probability when a patch is covered."""
     patch = max(4, images.shape[-1] // 8)
     found = []
     with torch.no_grad():
         for image, label in zip(images, labels, strict=True):
             occlusion = OcclusionSensitivity(network, mask_size=patch, n_batch=128, overlap=0.5, verbose=False)
-            sensitivity, _ = occlusion(image[None])
-            found.append((network(image[None])[0, label] - sensitivity[:, label]).clamp(min=0)[None])
+            sensitivity, _ = occlusion(image[None])  # probabilities
+            before = network(image[None]).softmax(1)[0, label]
+            found.append((before - sensitivity[:, label]).clamp(min=0)[None])
     return torch.cat(found)
 
 
