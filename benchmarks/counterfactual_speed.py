@@ -103,6 +103,7 @@ def main() -> None:
     notes = [
         f"{2 * count} test images of PneumoniaMNIST, seed 0. Guided steps call the network and its encoder, and go "
         "backward through both.",
+        "Seconds were taken beside another benchmark on the second core. "
         "Targets: batching alone about 5 times; at equal oracle validity at least 20 times.",
     ]
     write_result("counterfactual_speed", "What a counterfactual costs", rows, notes=notes)

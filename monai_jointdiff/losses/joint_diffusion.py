@@ -42,7 +42,7 @@ class JointDiffusionLoss(_Loss):
     Args:
         classification_weight: alpha >= 0. An attribute that may be changed between steps
             (:class:`~monai_jointdiff.handlers.WeightSchedule`). The gradient of the cross-entropy on the encoder is
-            about a hundred times that of the diffusion term: a large alpha costs image quality and gains nothing.
+            about a hundred times that of the diffusion term: a large alpha raises the denoising error.
         multi_label: True: K independent findings, binary cross-entropy averaged over the known entries.
         class_weights: K positive numbers. Multi-class: weight of each class in the mean, as in
             `torch.nn.functional.cross_entropy`. Multi-label: weight of the positive entries of each finding
