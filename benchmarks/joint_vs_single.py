@@ -191,7 +191,7 @@ def comparison(store: CellStore, seeds: Sequence[int]) -> list[dict[str, Any]]:
         kind = name.split(",")[0]
         higher = kind in ("auc", "accuracy")
         control = "classifier" if higher else "denoiser"
-        reference = store.by_seed(DATA, control, name)
+        reference = {seed: value for seed, value in store.by_seed(DATA, control, name).items() if seed in joint}
         ours = {seed: values[name] for seed, values in joint.items()}
         if not higher:  # relative to the control of the same seed
             ours, reference = {s: v / reference[s] - 1 for s, v in ours.items()}, dict.fromkeys(reference, 0.0)

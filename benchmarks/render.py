@@ -37,7 +37,7 @@ __all__ = ["format_value", "load_results", "main", "render_document", "render_ta
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 NOT_MEASURED = "Not measured yet."
-DOCUMENTS = (ROOT / "benchmarks" / "README.md", ROOT / "README.md")
+DOCUMENTS = (ROOT / "benchmarks" / "README.md", ROOT / "README.md", ROOT / "docs" / "diffusion_classifier.md")
 
 MARKER = re.compile(r"^<!-- (table|end):([\w.-]+) -->[ \t]*$", re.M)
 

@@ -8,30 +8,52 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What is asked of a joint diffusion network: a training forward, a class, a sample, a counterfactual."""
+"""What is asked of a joint diffusion network: a training forward, a class, a vote, a sample, a counterfactual."""
 
 from __future__ import annotations
 
+from .autoencoder import AutoencoderInferer, AutoencoderOutput
 from .chain import Parametrization, ReverseChain
 from .counterfactual import ENCODINGS, RULES, CounterfactualInferer
+from .diffusion_classifier import HEAD_ROLES, DiffusionClassifierInferer, DiffusionClassifierResult
+from .draws import DRAWS, NoiseDraws, stratified_timesteps
 from .explanation import CounterfactualQuestion, CounterfactualRecord, CounterfactualResult
 from .guidance import ClassifierGuidance, Guidance, GuidanceStep, RepresentationGuidance
 from .joint import JointDiffusionInferer, SampleResult, StepInfo
+from .latent import LatentSpace
+from .typicality import DenoisingProfile, Typicality
+from .voting import AGGREGATIONS, aggregate, count_votes, flip_probability, mean_errors
 
 __all__ = [
-    "ENCODINGS",
-    "RULES",
+    "AGGREGATIONS",
+    "AutoencoderInferer",
+    "AutoencoderOutput",
     "ClassifierGuidance",
     "CounterfactualInferer",
     "CounterfactualQuestion",
     "CounterfactualRecord",
     "CounterfactualResult",
+    "DRAWS",
+    "DenoisingProfile",
+    "DiffusionClassifierInferer",
+    "DiffusionClassifierResult",
+    "ENCODINGS",
     "Guidance",
     "GuidanceStep",
+    "HEAD_ROLES",
     "JointDiffusionInferer",
+    "LatentSpace",
+    "NoiseDraws",
     "Parametrization",
+    "RULES",
     "RepresentationGuidance",
     "ReverseChain",
     "SampleResult",
     "StepInfo",
+    "Typicality",
+    "aggregate",
+    "count_votes",
+    "flip_probability",
+    "mean_errors",
+    "stratified_timesteps",
 ]

@@ -32,6 +32,7 @@ from .chain import ReverseChain
 from .denoiser import Denoiser, evaluation_mode, plain, without_ddp
 from .explanation import CounterfactualQuestion, CounterfactualRecord, CounterfactualResult
 from .guidance import ClassifierGuidance, Guidance, RepresentationGuidance
+from .latent import LatentSpace
 
 __all__ = ["ENCODINGS", "RULES", "CounterfactualInferer"]
 
@@ -152,8 +153,7 @@ class CounterfactualInferer(Inferer):
         self.max_trials = max_trials
         self.region_fraction = region_fraction
         self.autocast_dtype = autocast_dtype
-        self.autoencoder = autoencoder
-        self.scale_factor = scale_factor
+        self.space = LatentSpace(autoencoder, scale_factor)
 
     def __call__(  # type: ignore[override]
         self,
@@ -221,8 +221,8 @@ class CounterfactualInferer(Inferer):
             num_inference_steps=len(record.timesteps),
             inversion_iterations=record.inversion_iterations,
             autocast_dtype=self.autocast_dtype,
-            autoencoder=self.autoencoder,
-            scale_factor=self.scale_factor,
+            autoencoder=self.space.autoencoder,
+            scale_factor=self.space.scale_factor,
         )
         inferer.scheduler.set_grid(record.timesteps)
         with inferer._walk(inputs, network, record.seeds) as walk:
@@ -295,7 +295,7 @@ class _Walk:
         self.denoiser = Denoiser(self.network, inferer.autocast_dtype)
         self.image_calls = 0
         self.started = time.perf_counter()
-        self.clean = self._to_latents(plain(inputs))
+        self.clean = inferer.space.encode(plain(inputs))
         self._check()
         self.probabilities = self.classify(self.clean)
         self.latents = self._encode()
@@ -313,18 +313,6 @@ class _Walk:
                 )
         else:
             self.denoiser.check_guidance(len(self.clean), 1.0, _HEAD_RULES[self.inferer.rule](0))
-
-    def _to_latents(self, images: torch.Tensor) -> torch.Tensor:
-        if self.inferer.autoencoder is None:
-            return images
-        mean, _ = self.inferer.autoencoder.encode(images)  # the mean: a drawn latent could not be replayed
-        return mean * self.inferer.scale_factor
-
-    def _to_images(self, latents: torch.Tensor) -> torch.Tensor:
-        if self.inferer.autoencoder is None:
-            return latents
-        decoded: torch.Tensor = self.inferer.autoencoder.decode_stage_2_outputs(latents / self.inferer.scale_factor)
-        return decoded
 
     def classify(self, clean: torch.Tensor) -> torch.Tensor:
         """Probabilities (N, K) of clean images or latents."""
@@ -407,8 +395,8 @@ class _Walk:
         """The final chain, and all that belongs to it."""
         latents = self.descend(question, scale, region)[-1]
         after = self.classify(latents)
-        counterfactual, reconstruction = self._to_images(latents), self._to_images(self.factual[-1])
         inferer = self.inferer
+        counterfactual, reconstruction = inferer.space.decode(latents), inferer.space.decode(self.factual[-1])
         record = CounterfactualRecord(
             target=tuple(question.target.tolist()),
             enforce=tuple(question.enforce.tolist()),

@@ -37,6 +37,7 @@ from .denoiser import (
     without_ddp,
 )
 from .guidance import Guidance
+from .latent import LatentSpace
 
 __all__ = ["JointDiffusionInferer", "SampleResult", "StepInfo"]
 
@@ -48,7 +49,8 @@ class SampleResult:
     """Images from a reverse chain.
 
     Args:
-        image: samples (N, C, *spatial), float32 (float64 from float64 noise); a MetaTensor if the noise was one.
+        image: samples (N, C, *spatial), float32 (float64 from float64 noise); a MetaTensor if the noise was one. Of a
+            network on latents they are decoded.
         intermediates: the chain after every ``intermediate_steps``-th step and after the last one, each as ``image``;
             empty if none were asked for.
         network_calls: how often the network, or its encoder alone, was called; a batch of conditional and
@@ -68,7 +70,7 @@ class StepInfo(TypedDict):
         num_steps: number of steps of the chain.
         timestep: where the step started.
         next_timestep: where it ended, -1 for the clean image.
-        sample: x (N, C, *spatial) after the step; not to be changed in place.
+        sample: x (N, C, *spatial) after the step, of a network on latents the latents; not to be changed in place.
         original: estimate of the clean image (N, C, *spatial) from which the step was made, None if the scheduler
             gives none.
     """
@@ -98,10 +100,17 @@ class JointDiffusionInferer(Inferer):
     ``prepare_batch`` of the engine adds as keywords. Mixed precision lives here and not in the engine: the network
     runs under autocast, every result is float32 (float64 for float64 inputs), and so is the loss.
 
+    With an autoencoder the network works on latents (Rombach et al., https://arxiv.org/abs/2112.10752), and images
+    remain images: those that come in are encoded, samples are decoded. What is only noise, or predicted of it, has the
+    shape of the latents. The autoencoder runs in its own precision and learns nothing. A training whose
+    ``prepare_batch`` delivers latents, since the target of a prediction may depend on them, needs an inferer without.
+
     Args:
         scheduler: adds the noise in training, and makes the steps in ``sample`` if no other is given.
         autocast_dtype: ``torch.bfloat16`` or ``torch.float16`` to run the network under autocast on the device of the
             inputs; None for the precision of the network.
+        autoencoder: an ``AutoencoderKL``, when the network works on its latents.
+        scale_factor: factor of the latents that the network was trained with.
 
     Example:
 
@@ -114,7 +123,13 @@ class JointDiffusionInferer(Inferer):
         samples = inferer.sample(torch.randn(8, 1, 32, 32), network, class_labels=1, guidance_scale=3.0).image
     """
 
-    def __init__(self, scheduler: Any, autocast_dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        scheduler: Any,
+        autocast_dtype: torch.dtype | None = None,
+        autoencoder: Any = None,
+        scale_factor: float = 1.0,
+    ) -> None:
         super().__init__()
         if autocast_dtype not in (None, torch.bfloat16, torch.float16):
             raise ValueError(
@@ -123,6 +138,7 @@ class JointDiffusionInferer(Inferer):
             )
         self.scheduler = scheduler
         self.autocast_dtype = autocast_dtype
+        self.space = LatentSpace(autoencoder, scale_factor)
 
     def __call__(  # type: ignore[override]
         self,
@@ -139,7 +155,8 @@ class JointDiffusionInferer(Inferer):
         Args:
             inputs: images (N, C, *spatial) in [-1, 1].
             network: the joint network, also inside DistributedDataParallel or ``torch.compile``.
-            noise: standard normal noise (N, C, *spatial) to add; None to classify ``inputs``.
+            noise: standard normal noise (N, C, *spatial) to add, of the shape of the latents if there are any; None to
+                classify ``inputs``.
             timesteps: timesteps (N,) in [0, T), integers.
             clean: images (M, C, *spatial) to classify in the same call, for example an augmented view of ``inputs``.
             class_labels: condition of the noisy images, (N,) or multi-hot (N, K); None for the null class.
@@ -158,13 +175,13 @@ class JointDiffusionInferer(Inferer):
                     "JointDiffusionInferer: without noise the inputs are classified; timesteps, clean, class_labels "
                     "and condition need noise."
                 )
-            return classify(inputs, network, self.autocast_dtype)
+            return classify(self.space.encode(plain(inputs)), network, self.autocast_dtype)
 
-        images, noise = plain(inputs), plain(noise)
+        images, noise = self._encode(inputs), plain(noise)
         timesteps = self._check_noise(images, noise, timesteps)
         noisy = self.scheduler.add_noise(original_samples=images, noise=noise, timesteps=timesteps)
         condition = condition if condition is None else plain(condition)
-        clean = clean if clean is None else plain(clean)
+        clean = clean if clean is None else self._encode(clean)
         arguments = given(context=condition, class_labels=unwrap(class_labels), clean=clean)
         with autocast(images, self.autocast_dtype):
             output = network(noisy, unwrap(timesteps), **arguments)
@@ -186,7 +203,7 @@ class JointDiffusionInferer(Inferer):
             Logits (N, K), float32.
         """
         with evaluation_mode(network):
-            return classify(inputs, without_ddp(network), self.autocast_dtype)
+            return classify(self.space.encode(plain(inputs)), without_ddp(network), self.autocast_dtype)
 
     @torch.no_grad()
     def sample(
@@ -213,7 +230,8 @@ class JointDiffusionInferer(Inferer):
         gets its mode back. The scheduler is not changed: the chain runs on a copy of it.
 
         Args:
-            input_noise: where the chain starts, (N, C, *spatial): standard normal noise for a full grid.
+            input_noise: where the chain starts, (N, C, *spatial), of the shape of the latents if there are any:
+                standard normal noise for a full grid.
             network: the joint network, or any network called as ``network(x, timesteps)``.
             scheduler: makes the steps, with its time grid set: this package's, MONAI's or diffusers'. None: the
                 inferer's.
@@ -261,7 +279,7 @@ class JointDiffusionInferer(Inferer):
                     output = denoiser(chain, i, sample)
                 sample, original = chain.step(i, output, sample)
                 if intermediate_steps and ((i + 1) % intermediate_steps == 0 or i + 1 == len(chain)):
-                    kept.append(_like(sample, input_noise))
+                    kept.append(_like(self.space.decode(sample), input_noise))
                 if callback is not None:
                     callback(
                         StepInfo(
@@ -273,13 +291,19 @@ class JointDiffusionInferer(Inferer):
                             original=original,
                         )
                     )
-        return SampleResult(_like(sample, input_noise), tuple(kept), denoiser.calls)
+        return SampleResult(_like(self.space.decode(sample), input_noise), tuple(kept), denoiser.calls)
+
+    @torch.no_grad()
+    def _encode(self, images: torch.Tensor) -> torch.Tensor:
+        """What the network sees of images in training; the autoencoder gets no gradient."""
+        return self.space.encode(plain(images))
 
     def _check_noise(self, images: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor | None) -> torch.Tensor:
         """The timesteps, after comparing their shape and the noise's with the images."""
         if noise.shape != images.shape:
+            seen = "inputs" if self.space.autoencoder is None else "latents"
             raise ValueError(
-                f"JointDiffusionInferer: noise must have the shape of the inputs {tuple(images.shape)}, "
+                f"JointDiffusionInferer: noise must have the shape of the {seen} {tuple(images.shape)}, "
                 f"got {tuple(noise.shape)}."
             )
         if timesteps is None or timesteps.shape != images.shape[:1] or timesteps.is_floating_point():

@@ -20,6 +20,9 @@ from monai_jointdiff.visualize.counterfactual import (
     counterfactual_strip,
     difference_overlay,
 )
+from monai_jointdiff.visualize.curves import accuracy_against_calls_figure, risk_coverage_figure
+from monai_jointdiff.visualize.evidence import evidence_panel
+from monai_jointdiff.visualize.label_efficiency import label_efficiency_figure
 from monai_jointdiff.visualize.panels import denoising_strip, image_grid, save_png, to_tile
 from monai_jointdiff.visualize.plots import (
     confusion_matrix_figure,
@@ -33,16 +36,20 @@ from monai_jointdiff.visualize.tables import format_table
 __all__ = [
     "CounterfactualCase",
     "CounterfactualTiles",
+    "accuracy_against_calls_figure",
     "confusion_matrix_figure",
     "counterfactual_panel",
     "counterfactual_report",
     "counterfactual_strip",
     "denoising_strip",
     "difference_overlay",
+    "evidence_panel",
     "format_table",
     "image_grid",
+    "label_efficiency_figure",
     "png_bytes",
     "reliability_figure",
+    "risk_coverage_figure",
     "roc_curve_figure",
     "save_figure",
     "save_png",
