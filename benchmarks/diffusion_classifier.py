@@ -43,6 +43,7 @@ from benchmarks.joint_vs_single import load
 from monai_jointdiff.data import draw_seed, make_phantoms, open_source
 from monai_jointdiff.inferers import DenoisingProfile, DiffusionClassifierInferer, Typicality, aggregate, count_votes
 from monai_jointdiff.metrics import (
+    Interval,
     MomentsDetector,
     PrincipalComponentDetector,
     accuracy_at_coverage,
@@ -55,6 +56,7 @@ from monai_jointdiff.metrics import (
     fit_temperature,
     max_softmax_score,
 )
+from monai_jointdiff.visualize import accuracy_against_calls_figure, save_figure
 
 DATA = "pneumoniamnist_28"
 SEEDS = (0, 1, 2)
@@ -420,6 +422,20 @@ def curve_table(cells: Mapping[int, Any]) -> None:
     share = f"All seeds share the {IMAGES} fixed test images, whose own standard error (3 points at 0.85) comes on top."
     notes = [f"{_measured(cells)} {NETWORK} Random draws. {share}", *_remarks(rows)]
     write_result("diffusion_curve", "Accuracy of the diffusion classifier by draws", rows, notes=notes)
+    if len(cells) > 1:
+        picture(rows)
+
+
+def picture(rows: Sequence[Mapping[str, Any]]) -> None:
+    """The picture of the documents, `docs/figures/diffusion_calls.png`."""
+
+    def points(rule: str) -> dict[float, Interval]:
+        return {row["calls"]: Interval(row[rule]["mean"], row[rule]["low"], row[rule]["high"]) for row in rows}
+
+    published = {row["calls"]: row["published (UNet, CheXpert, majority)"] for row in rows}
+    curves = {f"{rule}, PneumoniaMNIST": points(rule) for rule in RULES}
+    figure = accuracy_against_calls_figure(curves, {"published: majority, CheXpert": published})
+    save_figure(figure, ROOT / "docs" / "figures" / "diffusion_calls.png", dpi=100)
 
 
 def _remarks(rows: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -17,14 +17,17 @@ from .brain_phantoms import BRAIN_CLASSES, BrainPhantoms
 from .draws import BalancedOrder, DrawBatchSampler, DrawDataset, DrawOrder, ShuffledOrder, draw_seed
 from .folder import find_images, list_images, read_folder
 from .intensity import IntensityRule
+from .label_lists import choose_labelled, labelled_names, open_with_few_labels, write_label_list
 from .labels import EncodedLabels, encode_labels
 from .medmnist import download_medmnist
 from .npz import read_npz
 from .phantoms import CHEST_CLASSES, ChestPhantoms, Phantom, Phantoms
 from .reading import Correction, ImagePreprocessing, read_image
 from .records import Found, Record
+from .skin_phantoms import SKIN_CLASSES, SkinPhantoms
 from .source import ImageSource, PrepareItem, make_phantoms, open_source
 from .splits import canonical_part, complete_parts
+from .streams import TwoStreamOrder
 from .volumes import ImageFiles, SliceRule
 
 __all__ = [
@@ -47,18 +50,25 @@ __all__ = [
     "Phantoms",
     "PrepareItem",
     "Record",
+    "SKIN_CLASSES",
     "ShuffledOrder",
+    "SkinPhantoms",
     "SliceRule",
+    "TwoStreamOrder",
     "canonical_part",
+    "choose_labelled",
     "complete_parts",
     "download_medmnist",
     "draw_seed",
     "encode_labels",
     "find_images",
+    "labelled_names",
     "list_images",
     "make_phantoms",
     "open_source",
+    "open_with_few_labels",
     "read_folder",
     "read_image",
     "read_npz",
+    "write_label_list",
 ]

@@ -31,12 +31,13 @@ from monai_jointdiff.data.medmnist import download_medmnist
 from monai_jointdiff.data.npz import read_npz
 from monai_jointdiff.data.phantoms import ChestPhantoms, Phantoms
 from monai_jointdiff.data.reading import Correction, ImagePreprocessing, image_size_tuple
+from monai_jointdiff.data.skin_phantoms import SkinPhantoms
 from monai_jointdiff.data.splits import complete_parts
 from monai_jointdiff.data.volumes import SliceRule
 
 __all__ = ["ImageSource", "PrepareItem", "make_phantoms", "open_source"]
 
-PHANTOMS: dict[str, type[Phantoms]] = {"brain": BrainPhantoms, "chest": ChestPhantoms}
+PHANTOMS: dict[str, type[Phantoms]] = {"brain": BrainPhantoms, "chest": ChestPhantoms, "skin": SkinPhantoms}
 PARTS = ("train", "val", "test")
 PHANTOM_COUNTS = (6000, 300, 600)
 _MEDMNIST = "medmnist:"
@@ -58,8 +59,8 @@ class PrepareItem(Transform):
         """Prepare one item.
 
         Args:
-            item: `image` (files, an array, or the number of a phantom), `label`, `name`, and `mask` (files or an
-                array) if there is one.
+            item: `image` (files, an array, or the number of a phantom), `label`, `name`, `mask` (files or an array) if
+                there is one, and `patient` if it is known.
 
         Returns:
             `image` (C, *spatial) float32, a MetaTensor if it comes from files; `label` (an integer, or K entries);
@@ -69,6 +70,7 @@ class PrepareItem(Transform):
             ValueError: when the image cannot be used; the message names it.
         """
         prepared = dict(item)
+        prepared.pop("patient", None)  # a batch has the same keys for all images, and not all have a patient
         if isinstance(item["label"], Sequence):
             prepared["label"] = torch.tensor(item["label"], dtype=torch.float32)
         else:
@@ -90,8 +92,8 @@ class ImageSource:
 
     Args:
         name: what it is, without absolute paths.
-        items: for `train`, `val` and `test` a list of items with `image`, `label` and `name`, and `mask` if all have
-            one.
+        items: for `train`, `val` and `test` a list of items with `image`, `label` and `name`, `mask` if all have one,
+            and `patient` where it is known.
         class_names: names in the order of the labels.
         multi_label: an image may have several labels.
         prepare: reads, scales and pads.
@@ -134,7 +136,8 @@ class ImageSource:
             name: `train`, `val` or `test`.
 
         Returns:
-            dictionaries with `image` (a path, an array, or a number), `label` and `name`.
+            dictionaries with `image` (a path, an array, or a number), `label` and `name`, and `patient` where it is
+            known.
 
         Raises:
             ValueError: for another name, or a part without images.
@@ -235,8 +238,8 @@ def make_phantoms(kind: str, spatial_dims: int, image_size: int | Sequence[int],
     """The phantoms that a program draws when it is given no images.
 
     Args:
-        kind: `chest` or `brain`.
-        spatial_dims: 2 or 3.
+        kind: `chest`, `brain` or `skin`.
+        spatial_dims: 2 or 3; of `skin` 2.
         image_size: size of all axes, or one size per axis.
         seed: seed of the whole set.
 
@@ -304,7 +307,7 @@ def open_source(
             fewer, but some, are left out.
         mask_classes: names of slices without and with something in the mask; without a mask a slice has the label of
             its volume.
-        phantoms: which to draw, `chest` or `brain`.
+        phantoms: which to draw, `chest`, `brain` or `skin`.
         phantom_counts: phantoms in train, val and test.
 
     Returns:
@@ -360,7 +363,11 @@ def open_source(
     with_masks = all(record.mask is not None for record in records)
     for record, label, part in zip(records, encoded.labels, parts, strict=True):
         item: dict[Hashable, Any] = {"image": record.image, "label": label, "name": record.name}
-        items[part].append({**item, "mask": record.mask} if with_masks else item)
+        if with_masks:
+            item["mask"] = record.mask
+        if record.patient is not None:
+            item["patient"] = record.patient
+        items[part].append(item)
     prepare = ImagePreprocessing(
         spatial_dims,
         image_size_tuple(found.image_size if image_size is None else image_size, spatial_dims),

@@ -22,13 +22,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from monai_jointdiff.engines.first_stage import AutoencoderDescription
 from monai_jointdiff.handlers.atomic import atomic_write_text
 from monai_jointdiff.networks import JointDiffusionUNet
 from monai_jointdiff.schedulers import make_scheduler
 
 __all__ = ["Decision", "ModelDescription"]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READABLE = (1, 2)  # 1 knows no autoencoder
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,8 @@ class ModelDescription:
         data: `ImageSource.description()`: class names, image size, channels, intensity rule.
         decision: temperature and thresholds with the data they were chosen on.
         trained: False for the description of an untrained network.
+        autoencoder: on whose latents the network works, its weights being `autoencoder.pt` beside `model.pt`; None: it
+            works on images.
     """
 
     network: dict[str, Any]
@@ -97,6 +101,7 @@ class ModelDescription:
     data: dict[str, Any]
     decision: Decision = field(default_factory=Decision)
     trained: bool = True
+    autoencoder: AutoencoderDescription | None = None
 
     @property
     def class_names(self) -> list[str]:
@@ -109,6 +114,11 @@ class ModelDescription:
         return bool(self.data["multi_label"])
 
     @property
+    def class_conditional(self) -> bool:
+        """Whether the network's prediction of the noise may be conditioned on the class."""
+        return bool(self.network.get("class_conditional", False))
+
+    @property
     def image_size(self) -> tuple[int, ...]:
         """Rows, columns (2D) or depth, rows, columns (3D)."""
         return tuple(self.data["image_size"])
@@ -117,6 +127,11 @@ class ModelDescription:
     def image_shape(self) -> tuple[int, ...]:
         """Shape (C, *spatial) of one image."""
         return (int(self.data["in_channels"]), *self.image_size)
+
+    @property
+    def noise_shape(self) -> tuple[int, ...]:
+        """Shape (C, *spatial) of the noise from which a sample starts: of an image, or of its latents."""
+        return self.image_shape if self.autoencoder is None else self.autoencoder.latent_shape(self.image_size)
 
     def build_network(self) -> JointDiffusionUNet:
         """An untrained network of the described architecture."""
@@ -156,20 +171,22 @@ class ModelDescription:
         Raises:
             ValueError: when the format is another one or a part is missing.
         """
-        if content.get("format_version") != FORMAT_VERSION:
+        if content.get("format_version") not in READABLE:
             raise ValueError(
                 f"{cls.__name__}: format_version is {content.get('format_version')!r}, this version of "
-                f"monai_jointdiff reads {FORMAT_VERSION}."
+                f"monai_jointdiff reads {' and '.join(map(str, READABLE))}."
             )
         missing = [key for key in ("network", "scheduler", "data", "decision", "trained") if key not in content]
         if missing:
             raise ValueError(f"{cls.__name__}: missing in the model description: {', '.join(missing)}.")
+        autoencoder = content.get("autoencoder")
         return cls(
             network=dict(content["network"]),
             scheduler=dict(content["scheduler"]),
             data=dict(content["data"]),
             decision=Decision(**content["decision"]),
             trained=bool(content["trained"]),
+            autoencoder=None if autoencoder is None else AutoencoderDescription.from_dict(autoencoder),
         )
 
     @classmethod

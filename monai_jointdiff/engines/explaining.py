@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Hashable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -30,20 +30,25 @@ from monai_jointdiff.engines.serving import images_to_classify
 __all__ = [
     "CounterfactualPrepareBatch",
     "class_of_target",
+    "class_to_generate",
     "images_to_explain",
     "question_in_words",
+    "spread",
 ]
+
+_Item = TypeVar("_Item")
 
 _PRESENCE = {True: "present", False: "absent", None: "the opposite of what it is"}
 
 
-def class_of_target(target: int | str | None, class_names: Sequence[str]) -> int | None:
+def class_of_target(target: int | str | None, class_names: Sequence[str], option: str = "--target") -> int | None:
     """The class that a user names.
 
     Args:
         target: name of a class (which may be a number, and then counts as the name); or the index of one, from 0; or
             None (`null`): no class in particular.
         class_names: names in the order of the logits.
+        option: by which the user names it, for the message.
 
     Returns:
         its index; None for None.
@@ -62,9 +67,36 @@ def class_of_target(target: int | str | None, class_names: Sequence[str]) -> int
     close = difflib.get_close_matches(str(target), names, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
     raise ValueError(
-        f"class_of_target: --target is {target!r}, it must be one of {', '.join(names)}, an index from 0 to "
+        f"class_of_target: {option} is {target!r}, it must be one of {', '.join(names)}, an index from 0 to "
         f"{len(names) - 1}, or null.{hint}"
     )
+
+
+def class_to_generate(description: ModelDescription, class_label: int | str | None) -> int | list[int] | None:
+    """The condition under which images of a class are generated.
+
+    Args:
+        description: of the model.
+        class_label: as for :func:`class_of_target`.
+
+    Returns:
+        the class; of a model of several labels an entry for each, 1 for that label and -1 (open) for the others; None
+        for None.
+
+    Raises:
+        ValueError: for an unknown class, or any class where the model is not class-conditional.
+    """
+    index = class_of_target(class_label, description.class_names, "--class_label")
+    if index is None:
+        return None
+    if not description.class_conditional:
+        raise ValueError(
+            f"class_to_generate: --class_label is {class_label!r}, but the model is not class-conditional. Train one "
+            "that is with train.json and train_conditional.json of the bundle."
+        )
+    if not description.multi_label:
+        return index
+    return [1 if k == index else -1 for k in range(len(description.class_names))]
 
 
 def question_in_words(description: ModelDescription, target: int | str | None, enforce: bool | str | None) -> str:
@@ -112,12 +144,28 @@ def images_to_explain(
     Raises:
         ValueError: when there is nothing to explain, or the limit is below 1.
     """
+    return spread(images_to_classify(dataset_dir, description, **options), limit)
+
+
+def spread(items: Sequence[_Item], limit: int | str | None, option: str = "--limit") -> list[_Item]:
+    """Of many items some that are evenly spread over their list, the first and the last among them.
+
+    Args:
+        items: the list.
+        limit: number of items at most; None (`null`): all.
+        option: by which the user gives the limit, for the message.
+
+    Returns:
+        the items, in their order.
+
+    Raises:
+        ValueError: when the limit is no whole number of at least 1.
+    """
     count = json_word(limit)
     if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
-        raise ValueError(f"images_to_explain: --limit must be a whole number of at least 1, or null, got {limit!r}.")
-    items = images_to_classify(dataset_dir, description, **options)
+        raise ValueError(f"spread: {option} must be a whole number of at least 1, or null, got {limit!r}.")
     if count is None or len(items) <= count:
-        return items
+        return list(items)
     return [items[index] for index in np.linspace(0, len(items) - 1, count).round().astype(int)]
 
 

@@ -49,7 +49,7 @@ def noise_of_draws(draws: Sequence[int], shape: Sequence[int], seed: int) -> tor
 
     Args:
         draws: numbers of the samples.
-        shape: (C, *spatial) of one image.
+        shape: (C, *spatial) of one image, or of its latents.
         seed: seed of the whole set.
 
     Returns:
@@ -64,12 +64,15 @@ def noise_of_draws(draws: Sequence[int], shape: Sequence[int], seed: int) -> tor
 class SamplingInferer(Inferer):
     """Inferer whose input is noise and whose output is images, so that a stock evaluator generates.
 
+    The noise of an inferer with an autoencoder has the shape of the latents.
+
     Args:
         inferer: samples from the network.
         scheduler: sampler over the noise process the network was trained on.
         num_inference_steps: network calls per image.
         seed: of the noise that an ancestral sampler adds, which is a function of it and of the batch's starting noise.
-        class_labels: class to generate, for a class-conditional network; None leaves the class open.
+        class_labels: class to generate, for a class-conditional network; of several labels K entries 1, 0 or -1 (open).
+            None leaves the class open.
         guidance_scale: classifier-free guidance scale (1: none).
         progress: show a progress bar over the steps.
     """
@@ -80,7 +83,7 @@ class SamplingInferer(Inferer):
         scheduler: Any,
         num_inference_steps: int = 20,
         seed: int = 0,
-        class_labels: int | None = None,
+        class_labels: int | Sequence[int] | None = None,
         guidance_scale: float = 1.0,
         progress: bool = False,
     ) -> None:
@@ -108,7 +111,8 @@ class SamplingInferer(Inferer):
         self.scheduler.set_timesteps(self.num_inference_steps)
         labels = None
         if self.class_labels is not None:
-            labels = torch.full((len(inputs),), self.class_labels, device=inputs.device)
+            labels = torch.tensor(self.class_labels, device=inputs.device)
+            labels = labels.expand(len(inputs), *labels.shape)
         batch = zlib.crc32(inputs[0].detach().float().cpu().numpy().tobytes())
         generator = torch.Generator(device=inputs.device).manual_seed(draw_seed(self.seed, batch, "ancestral"))
         result = self.inferer.sample(
@@ -138,7 +142,7 @@ def draw_samples(
     Args:
         network: the (EMA) network.
         sampling: from noise to images.
-        shape: (C, *spatial) of one image.
+        shape: (C, *spatial) of the noise of one image.
         count: number of samples.
         batch_size: samples per batch.
         seed: seed of the starting noise.

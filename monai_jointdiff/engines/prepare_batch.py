@@ -22,20 +22,22 @@ from monai.engines import PrepareBatch
 from torch import Tensor
 
 from monai_jointdiff.data import draw_seed
-from monai_jointdiff.losses import min_snr_weight
+from monai_jointdiff.inferers import LatentSpace
+from monai_jointdiff.losses import favero_weight, min_snr_weight
 from monai_jointdiff.schedulers import GridScheduler
 
 __all__ = ["JointPrepareBatch", "PreparedBatch", "ValidationPrepareBatch"]
 
 TASKS = ("joint", "denoise", "classify")
-WEIGHTINGS = ("uniform", "min_snr")
+BY_SNR = {"min_snr": min_snr_weight, "favero": favero_weight}
+WEIGHTINGS = ("uniform", *BY_SNR)
 
 
 class PreparedBatch(NamedTuple):
     """What an engine gives its inferer and its loss.
 
     Args:
-        inputs: image (N, C, *spatial), first argument of the inferer.
+        inputs: image (N, C, *spatial), or its latents, first argument of the inferer.
         targets: `label` (M,) int64 or (M, K) float, `target` (N, C, *spatial), `weight` (N,); second argument of the
             loss.
         args: none.
@@ -56,11 +58,15 @@ class JointPrepareBatch(PrepareBatch):
     number of workers and another number of processes see the same. They are drawn on the CPU in float32 whatever the
     device, so they do not depend on it.
 
+    With an autoencoder both images are encoded here, since the target of a prediction may depend on the latents, and
+    noise is drawn in their shape; the inferer, which is then given latents, is one without the autoencoder.
+
     Args:
         scheduler: noise process; gives the prediction's target and the SNR.
         seed: of the run.
-        weighting: w(t): `uniform` (1) or `min_snr` (:func:`~monai_jointdiff.losses.min_snr_weight`).
-        gamma: of min-SNR.
+        weighting: w(t): `uniform` (1), `min_snr` (:func:`~monai_jointdiff.losses.min_snr_weight`) or `favero`
+            (:func:`~monai_jointdiff.losses.favero_weight`).
+        gamma: bound of the SNR in the weight, of `min_snr` and `favero`.
         clean_key: key of the image that the head sees (augmented), (N, C, *spatial).
         label_dropout: probability with which an image's class is hidden from a class-conditional network, in [0, 1].
         class_conditional: whether the network is given the class.
@@ -68,6 +74,8 @@ class JointPrepareBatch(PrepareBatch):
             integer labels (a multi-label network has a row of -1 for it).
         task: `joint`; `denoise` for a network without head (no `clean`, no `label`); `classify` for one without
             decoder (the clean image is the input, the label the only target). The controls of the joint model.
+        autoencoder: an ``AutoencoderKL`` on whose latents the network is trained; it is given no gradient.
+        scale_factor: factor of the latents.
 
     Raises:
         ValueError: for an unknown weighting or task, a probability out of range, or a missing `num_classes`.
@@ -92,6 +100,8 @@ class JointPrepareBatch(PrepareBatch):
         class_conditional: bool = False,
         num_classes: int | None = None,
         task: str = "joint",
+        autoencoder: Any = None,
+        scale_factor: float = 1.0,
     ) -> None:
         name = type(self).__name__
         if weighting not in WEIGHTINGS:
@@ -109,6 +119,7 @@ class JointPrepareBatch(PrepareBatch):
         self.class_conditional = class_conditional
         self.num_classes = num_classes
         self.task = task
+        self.space = LatentSpace(autoencoder, scale_factor)
 
     def __call__(
         self,
@@ -137,10 +148,10 @@ class JointPrepareBatch(PrepareBatch):
             return tensor.to(device=device, non_blocking=non_blocking, **options)
 
         if self.task == "classify":
-            clean = move(self._tensor(batchdata, self.clean_key), **kwargs)
+            clean = self._encode(move(self._tensor(batchdata, self.clean_key), **kwargs))
             return PreparedBatch(clean, {"label": move(self._tensor(batchdata, "label"))}, (), {})
 
-        image = move(self._tensor(batchdata, "image"), **kwargs)
+        image = self._encode(move(self._tensor(batchdata, "image"), **kwargs))
         seeds = self.seeds(batchdata)
         drawn = [_draw(seed, image.shape[1:], self.scheduler.num_train_timesteps) for seed in seeds]
         noise = move(torch.stack([one.noise for one in drawn])).to(image.dtype)
@@ -151,7 +162,7 @@ class JointPrepareBatch(PrepareBatch):
         keywords = {"noise": noise, "timesteps": timesteps}
         if self.task == "joint":
             targets["label"] = move(self._tensor(batchdata, "label"))
-            keywords["clean"] = move(self._tensor(batchdata, self.clean_key), **kwargs)
+            keywords["clean"] = self._encode(move(self._tensor(batchdata, self.clean_key), **kwargs))
         if self.class_conditional:
             hidden = torch.tensor([one.uniform < self.label_dropout for one in drawn])
             keywords["class_labels"] = move(self._class_labels(self._tensor(batchdata, "label"), hidden))
@@ -162,10 +173,15 @@ class JointPrepareBatch(PrepareBatch):
         draws = self._tensor(batchdata, "draw")
         return [draw_seed(self.seed, int(draw), "noise") for draw in draws]
 
+    @torch.no_grad()
+    def _encode(self, images: Tensor) -> Tensor:
+        """What the network sees of images (N, C, *spatial)."""
+        return self.space.encode(images)
+
     def _weight(self, timesteps: Tensor) -> Tensor:
         if self.weighting == "uniform":
             return torch.ones(len(timesteps))
-        return min_snr_weight(self.scheduler.snr(timesteps), self.scheduler.prediction_type, self.gamma)
+        return BY_SNR[self.weighting](self.scheduler.snr(timesteps), self.scheduler.prediction_type, self.gamma)
 
     def _class_labels(self, label: Tensor, hidden: Tensor) -> Tensor:
         """The network's class condition: the null class for hidden and unlabelled images."""
@@ -193,11 +209,13 @@ class ValidationPrepareBatch(JointPrepareBatch):
         scheduler: noise process.
         seed: of the validation.
         weighting: w(t), as in :class:`JointPrepareBatch`.
-        gamma: of min-SNR.
+        gamma: as in :class:`JointPrepareBatch`.
         class_conditional: whether the network is given the class.
         num_classes: as in :class:`JointPrepareBatch`.
         task: as in :class:`JointPrepareBatch`.
         name_key: key of the images' names in the batch.
+        autoencoder: as in :class:`JointPrepareBatch`.
+        scale_factor: as in :class:`JointPrepareBatch`.
     """
 
     def __init__(
@@ -210,6 +228,8 @@ class ValidationPrepareBatch(JointPrepareBatch):
         num_classes: int | None = None,
         task: str = "joint",
         name_key: str = "name",
+        autoencoder: Any = None,
+        scale_factor: float = 1.0,
     ) -> None:
         super().__init__(
             scheduler,
@@ -221,6 +241,8 @@ class ValidationPrepareBatch(JointPrepareBatch):
             class_conditional=class_conditional,
             num_classes=num_classes,
             task=task,
+            autoencoder=autoencoder,
+            scale_factor=scale_factor,
         )
         self.name_key = name_key
 

@@ -28,12 +28,21 @@ from monai_jointdiff.handlers.atomic import atomic_write_text
 from monai_jointdiff.handlers.predictions import Predictions
 from monai_jointdiff.metrics import (
     ClassificationReport,
+    SelectiveReport,
     choose_threshold,
     classification_report,
     fit_temperature,
     macro_auc,
+    predictive_entropy,
+    selective_report,
 )
-from monai_jointdiff.visualize import confusion_matrix_figure, reliability_figure, roc_curve_figure, save_figure
+from monai_jointdiff.visualize import (
+    confusion_matrix_figure,
+    reliability_figure,
+    risk_coverage_figure,
+    roc_curve_figure,
+    save_figure,
+)
 
 __all__ = ["ClassificationReporter", "choose_decision", "write_predictions_csv"]
 
@@ -94,14 +103,14 @@ def write_predictions_csv(predictions: Predictions, description: ModelDescriptio
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["image", *[f"probability_{name}" for name in names], "prediction", *["label"] * with_labels])
     for row, name in enumerate(predictions.names):
-        cells = [name, *[f"{value:.6f}" for value in probabilities[row]], _in_words(classes[row], names)]
+        cells = [name, *[f"{value:.6f}" for value in probabilities[row]], in_words(classes[row], names)]
         if with_labels:
-            cells.append(_in_words(predictions.labels[row], names))
+            cells.append(in_words(predictions.labels[row], names))
         writer.writerow(cells)
     atomic_write_text(path, text.getvalue())
 
 
-def _in_words(value: Any, names: Sequence[str]) -> str:
+def in_words(value: Any, names: Sequence[str]) -> str:
     """A class index (or a multi-hot row) as class names; empty where unknown."""
     if np.ndim(value) == 0:
         return names[int(value)] if value >= 0 else ""
@@ -112,7 +121,8 @@ class ClassificationReporter:
     """Consumer of predictions that writes numbers, table and pictures of a classification.
 
     Writes `metrics.json`, `predictions.csv`, `roc.png` (where some class has images with and without it),
-    `reliability.png` and `confusion.png`.
+    `reliability.png`, `confusion.png`, and `risk_coverage.png`: how right the decisions are when those with the largest
+    predictive entropy are withheld.
 
     Args:
         description: class names and decision rule (or a callable that returns them when the predictions are there).
@@ -136,6 +146,7 @@ class ClassificationReporter:
         self.bootstrap = bootstrap
         self.seed = seed
         self.report: ClassificationReport | None = None
+        self.selective: SelectiveReport | None = None
 
     def __call__(self, predictions: Predictions) -> None:
         """Evaluate and write.
@@ -163,21 +174,39 @@ class ClassificationReporter:
             bootstrap=self.bootstrap,
             seed=self.seed,
         )
+        self.selective = selective_report(
+            probabilities,
+            predictive_entropy(probabilities, description.multi_label),
+            labelled.labels,
+            decided=description.decision.classes(probabilities, description.multi_label),
+            bootstrap=self.bootstrap,
+            seed=self.seed,
+            multi_label=description.multi_label,
+        )
         self._write_numbers(description)
         self._draw(description, probabilities, labelled.labels)
 
     def _write_numbers(self, description: ModelDescription) -> None:
-        report = self.report
-        assert report is not None
-        content = {"part": self.part, "decision": vars(description.decision), "metrics": report.as_dict()}
+        report, selective = self.report, self.selective
+        assert report is not None and selective is not None
+        content = {
+            "part": self.part,
+            "decision": vars(description.decision),
+            "metrics": report.as_dict(),
+            "selective": selective.as_dict(),
+        }
         atomic_write_text(self.output_dir / "metrics.json", json.dumps(content, indent=4) + "\n")
-        print(f"\n{self.part} part\n{report.table()}", flush=True)
+        withheld = "where the most uncertain images are withheld"
+        print(f"\n{self.part} part\n{report.table()}\n\n{withheld}\n{selective.table()}", flush=True)
 
     def _draw(self, description: ModelDescription, probabilities: np.ndarray, labels: np.ndarray) -> None:
         names = description.class_names
         if math.isfinite(macro_auc(probabilities, labels)):  # a small part may hold one class only
             save_figure(roc_curve_figure(probabilities, labels, names), self.output_dir / "roc.png")
         save_figure(reliability_figure(probabilities, labels), self.output_dir / "reliability.png")
+        if self.selective is not None:
+            figure = risk_coverage_figure({"head": self.selective.curve})
+            save_figure(figure, self.output_dir / "risk_coverage.png")
         if not description.multi_label:
             decided = description.decision.classes(probabilities)
             save_figure(confusion_matrix_figure(decided, labels, names), self.output_dir / "confusion.png")

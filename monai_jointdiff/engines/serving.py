@@ -17,6 +17,7 @@ from collections.abc import Hashable, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any
 
+import torch
 from monai.transforms import Compose
 from torch import nn
 
@@ -31,7 +32,9 @@ from monai_jointdiff.data import (
 )
 from monai_jointdiff.engines.bundle import json_word, load_weights
 from monai_jointdiff.engines.description import ModelDescription
+from monai_jointdiff.engines.first_stage import WEIGHTS, FirstStage
 from monai_jointdiff.engines.generation import noise_of_draws
+from monai_jointdiff.inferers import LatentSpace
 from monai_jointdiff.transforms import N4BiasFieldCorrection
 
 __all__ = [
@@ -42,18 +45,22 @@ __all__ = [
     "preprocessing_of_model",
     "require_trained",
     "source_of_model",
+    "space_of_model",
     "start_model",
 ]
 
 _OF_THE_MODEL = ("spatial_dims", "image_size", "class_names", "in_channels", "intensity", "multi_label")
 
 
-def require_trained(ckpt_dir: str | Path, allow_untrained: bool | str = False) -> None:
+def require_trained(
+    ckpt_dir: str | Path, allow_untrained: bool | str = False, program: str = "train.json of this bundle"
+) -> None:
     """Refuse to use a network that has learned nothing.
 
     Args:
         ckpt_dir: folder of `model.pt` and `model.json`.
         allow_untrained: go on all the same, for tests of the program itself.
+        program: which trains such a network, for the message.
 
     Raises:
         ValueError: without a trained model.
@@ -62,7 +69,7 @@ def require_trained(ckpt_dir: str | Path, allow_untrained: bool | str = False) -
         return
     raise ValueError(
         f"require_trained: {ckpt_dir} holds no model.pt, and answers of an untrained network mean nothing. "
-        "Train first (train.json of this bundle), or say where a trained model is: --ckpt_dir PATH. "
+        f"Train first ({program}), or say where a trained model is: --ckpt_dir PATH. "
         "To try the program all the same: --allow_untrained true."
     )
 
@@ -95,7 +102,31 @@ def load_trained(network: nn.Module, ckpt_dir: str | Path) -> bool:
     return True
 
 
-def start_model(description: ModelDescription, ckpt_dir: str | Path, resume: str | Path | None = None) -> None:
+def space_of_model(description: ModelDescription, ckpt_dir: str | Path, device: torch.device) -> LatentSpace:
+    """Where a trained network works: on images, or on the latents of the autoencoder beside it.
+
+    Args:
+        description: of the model.
+        ckpt_dir: folder of `model.pt`, `model.json` and, of a model on latents, `autoencoder.pt`.
+        device: for the autoencoder.
+
+    Returns:
+        `autoencoder` (None for images) and `scale_factor`, as the inferers take them.
+
+    Raises:
+        ValueError: when the autoencoder is missing, or another one than that of the training.
+    """
+    if description.autoencoder is None:
+        return LatentSpace()
+    return FirstStage.load(Path(ckpt_dir) / WEIGHTS, device, description.autoencoder).space
+
+
+def start_model(
+    description: ModelDescription,
+    ckpt_dir: str | Path,
+    resume: str | Path | None = None,
+    first_stage: FirstStage | None = None,
+) -> None:
     """Write the description of the model that is about to be trained; a new run removes the weights of an old one.
 
     Weights and description in a folder thus belong together at any time.
@@ -104,9 +135,12 @@ def start_model(description: ModelDescription, ckpt_dir: str | Path, resume: str
         description: of the network to be trained.
         ckpt_dir: folder of `model.pt` and `model.json`.
         resume: the checkpoint a run goes on from: its weights stay.
+        first_stage: of a network on latents the autoencoder, which is copied to the folder.
     """
     if resume is None:
         (Path(ckpt_dir) / "model.pt").unlink(missing_ok=True)
+    if first_stage is not None:
+        first_stage.save(ckpt_dir)
     description.save(Path(ckpt_dir) / "model.json")
 
 

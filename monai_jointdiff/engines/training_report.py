@@ -211,7 +211,7 @@ class TrainingReport:
         if count < 2:
             print(f"no distances of generated images: {count} images to compare, at least 2 are needed", flush=True)
             return {}
-        shape = self.description.image_shape
+        shape = self.description.noise_shape
         samples = draw_samples(self.network, self.sampling, shape, count, self.batch_size, self.seed, self.device)
         features = RandomConvFeatures(self.source.spatial_dims, self.source.in_channels)
         rows = compare_generation(samples, train, test, features, self.seed)

@@ -13,13 +13,21 @@
 
 from __future__ import annotations
 
+from .adversarial import AdversarialStart
 from .atomic import atomic_save, atomic_write_text, sweep_partial_files
 from .best_model import BestModel
 from .checkpoint import ResumableCheckpoint
 from .counterfactual import CounterfactualImages, CounterfactualWriter, read_counterfactual_records
+from .diffusion_classification import (
+    DiffusionPredictionCollector,
+    DiffusionPredictions,
+    EvidenceWriter,
+    join_results,
+)
 from .draws import DeterministicDraws
 from .ema import ExponentialMovingAverage
 from .gradients import GradientClipping, NonFiniteGuard
+from .group_schedules import GroupLearningRateSchedule
 from .image_writer import ImageWriter
 from .loss_terms import LossTerms
 from .predictions import PredictionCollector, Predictions
@@ -28,14 +36,19 @@ from .schedules import LearningRateSchedule, WeightSchedule
 from .stopping import EarlyStop, TimeLimit
 
 __all__ = [
+    "AdversarialStart",
     "BestModel",
     "CounterfactualImages",
     "CounterfactualWriter",
     "DeterministicDraws",
+    "DiffusionPredictionCollector",
+    "DiffusionPredictions",
     "EarlyStop",
+    "EvidenceWriter",
     "ExponentialMovingAverage",
     "FixedNoiseSampler",
     "GradientClipping",
+    "GroupLearningRateSchedule",
     "ImageWriter",
     "LearningRateSchedule",
     "LossTerms",
@@ -48,6 +61,7 @@ __all__ = [
     "WeightSchedule",
     "atomic_save",
     "atomic_write_text",
+    "join_results",
     "read_counterfactual_records",
     "sweep_partial_files",
 ]

@@ -36,7 +36,7 @@ class FixedNoiseSampler:
     Args:
         inferer: runs the chain.
         scheduler: makes its steps, with its time grid set.
-        image_shape: (C, *spatial).
+        image_shape: (C, *spatial) of the noise: of an image, or of its latents if the inferer has an autoencoder.
         num_samples: number of images, K.
         num_frames: number of steps shown of the first image's chain, S, evenly spread, the last one included.
         seed: of the noise.
@@ -87,6 +87,8 @@ class FixedNoiseSampler:
         result = self.inferer.sample(noise.to(device), network, self.scheduler, generator=generator, callback=keep)
         shown = [round(position) for position in np.linspace(len(frames) - 1, 0, self.num_frames)[::-1]]
         rows = [torch.stack(row) for row in zip(*(frames[step] for step in shown), strict=True)]
+        with torch.no_grad():
+            rows = [self.inferer.space.decode(row) for row in rows]
         return {"samples": result.image, "denoising": torch.stack(rows)}
 
 

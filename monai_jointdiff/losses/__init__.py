@@ -13,7 +13,22 @@
 
 from __future__ import annotations
 
+from .autoencoder import AutoencoderLoss, kl_to_standard_normal
+from .fixmatch import FixMatchLoss
 from .joint_diffusion import JointDiffusionLoss
-from .weights import min_snr_weight
+from .pi_model import PiModelLoss
+from .semi_supervised import SemiSupervisedLoss, UnlabelledSums, UnlabelledTerm
+from .weights import favero_weight, min_snr_weight
 
-__all__ = ["JointDiffusionLoss", "min_snr_weight"]
+__all__ = [
+    "AutoencoderLoss",
+    "FixMatchLoss",
+    "JointDiffusionLoss",
+    "PiModelLoss",
+    "SemiSupervisedLoss",
+    "UnlabelledSums",
+    "UnlabelledTerm",
+    "favero_weight",
+    "kl_to_standard_normal",
+    "min_snr_weight",
+]

@@ -15,5 +15,6 @@ from __future__ import annotations
 
 from .augmentation import ClassificationAugmentation
 from .bias_correction import N4BiasFieldCorrection, N4BiasFieldCorrectiond
+from .strong_augmentation import StrongAugmentation
 
-__all__ = ["ClassificationAugmentation", "N4BiasFieldCorrection", "N4BiasFieldCorrectiond"]
+__all__ = ["ClassificationAugmentation", "N4BiasFieldCorrection", "N4BiasFieldCorrectiond", "StrongAugmentation"]

@@ -60,6 +60,8 @@ DIFFERENCES = {
     "evaluate": {"bundle_root", *OPTIONS_OF_VOLUMES, *(f"source#{name}" for name in OPTIONS_OF_VOLUMES)},
     "inference": {"bundle_root", "image_column", "slice_axis", "slice_every", "min_foreground", "dataset#data"},
     "generate": {"bundle_root"},
+    "train_conditional": set(),
+    "diffusion_classify": {"bundle_root", *OPTIONS_OF_VOLUMES, "images"},
     "counterfactual": {"bundle_root", "image_column", "slice_axis", "slice_every", "min_foreground", "dataset#data"},
 }
 
@@ -176,6 +178,22 @@ class TestPrograms(unittest.TestCase):
 
 
 class TestScans(unittest.TestCase):
+    def test_conditional_training_and_classification_by_the_denoiser(self) -> None:
+        folder, model, output = save_scans(fresh("scans")), fresh("model"), fresh("output")
+        overlay = "bundles/brain_mri/train_conditional.json"
+        runs.train(model, config_file=[TRAIN, overlay], dataset_dir=str(folder), **SCAN, epochs=1, num_samples=0)
+        options: dict[str, Any] = {"num_draws": 3, "limit": 3, "reference_limit": 2, "maps": True}
+        printed = use("diffusion_classify", model, output, dataset_dir=str(folder), **options)
+        self.assertRegex(printed, r"abstention is chosen on the validation part of .* \(2 images\)")
+        found = rows(output / "diffusion_predictions.csv")
+        self.assertEqual(len(found), 3)
+        for row in found:  # the mask of the slice gives its label
+            case, index = row["image"].split("/")[0], int(row["image"][-3:])
+            drawn = np.asarray(nibabel.load(folder / case / f"{case}_seg.nii.gz").dataobj)[..., index].any()
+            self.assertEqual(row["label"], "tumour" if drawn else "no_tumour")
+        (picture, *_) = sorted((output / "maps").iterdir())
+        self.assertGreater(read_image(picture).shape[1], 2 * 256)  # both channels, one below the other
+
     def test_training_with_masks_and_bias_correction_and_evaluation(self) -> None:
         folder, model = save_scans(fresh("scans")), fresh("model")
         correction = {"_target_": "monai_jointdiff.transforms.N4BiasFieldCorrection", "iterations": [2]}

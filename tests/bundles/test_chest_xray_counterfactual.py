@@ -318,6 +318,7 @@ class TestFormat(unittest.TestCase):
             "network",
             "preprocessing",
             "scheduler",
+            "space",
         }
         self.assertEqual(named, options)
 

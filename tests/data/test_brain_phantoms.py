@@ -98,7 +98,7 @@ class TestKinds(unittest.TestCase):
         np.testing.assert_array_equal(phantoms(2).image, cls(3, (8, 12, 16), 4)(2).image)
 
     def test_unknown_name(self) -> None:
-        with self.assertRaisesRegex(ValueError, "phantoms must be one of brain, chest, got 'knee'"):
+        with self.assertRaisesRegex(ValueError, "phantoms must be one of brain, chest, skin, got 'knee'"):
             make_phantoms("knee", 2, 16)
 
 

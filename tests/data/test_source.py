@@ -96,7 +96,7 @@ class TestPhantoms(unittest.TestCase):
         self.assertEqual(source.description()["intensity"]["percentiles"], [0.5, 99.95])
 
     def test_unknown_phantoms_are_refused(self) -> None:
-        with self.assertRaisesRegex(ValueError, "phantoms must be one of brain, chest, got 'knee'"):
+        with self.assertRaisesRegex(ValueError, "phantoms must be one of brain, chest, skin, got 'knee'"):
             open_source(phantoms="knee")
 
     def test_other_classes_are_refused(self) -> None:

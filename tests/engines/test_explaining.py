@@ -25,9 +25,11 @@ from monai_jointdiff.engines import (
     CounterfactualPrepareBatch,
     ModelDescription,
     class_of_target,
+    class_to_generate,
     images_to_classify,
     images_to_explain,
     question_in_words,
+    spread,
 )
 from tests.engines.test_serving import phantom_model
 
@@ -90,6 +92,24 @@ class TestTarget(unittest.TestCase):
             question_in_words(model(multi_label), None, enforce)
 
 
+class TestClassToGenerate(unittest.TestCase):
+    def model(self, multi_label: bool = False, conditional: bool = True) -> ModelDescription:
+        description = model(multi_label)
+        return replace(description, network={**description.network, "class_conditional": conditional})
+
+    def test_index_or_the_label_alone(self) -> None:
+        self.assertEqual(class_to_generate(self.model(), "effusion"), 2)
+        self.assertEqual(class_to_generate(self.model(multi_label=True), 1), [-1, 1, -1])
+        for nothing in (None, "null"):
+            self.assertIsNone(class_to_generate(self.model(conditional=False), nothing))
+
+    def test_refusals(self) -> None:
+        with self.assertRaisesRegex(ValueError, "--class_label is 'efusion', it must be one of"):
+            class_to_generate(self.model(), "efusion")
+        with self.assertRaisesRegex(ValueError, "the model is not class-conditional. Train one .*train_conditional"):
+            class_to_generate(self.model(conditional=False), "effusion")
+
+
 class TestImages(unittest.TestCase):
     def test_some_are_spread_over_all(self) -> None:
         items = images_to_classify(None, model())
@@ -99,6 +119,11 @@ class TestImages(unittest.TestCase):
         some = images_to_explain(None, model(), 3)
         self.assertEqual(len(some), 3)
         self.assertEqual((some[0], some[-1]), (items[0], items[-1]))
+
+    def test_spread_names_the_option(self) -> None:
+        self.assertEqual(spread(range(9), 3), [0, 4, 8])
+        with self.assertRaisesRegex(ValueError, "spread: --some must be"):
+            spread([1], 0, "--some")
 
     @parameterized.expand([(0,), (-1,), (1.5,), (True,), ("many",)])
     def test_wrong_limit(self, limit: Any) -> None:

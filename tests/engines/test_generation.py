@@ -18,6 +18,7 @@ import contextlib
 import io
 import json
 import unittest
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,6 +33,7 @@ from monai_jointdiff.engines import (
     write_generation,
 )
 from monai_jointdiff.inferers import JointDiffusionInferer
+from monai_jointdiff.networks import JointDiffusionUNet
 from monai_jointdiff.schedulers import make_scheduler
 from tests.bundles.runs import temporary_folder
 from tests.engines.small_run import small_network, use_one_thread
@@ -71,6 +73,22 @@ class TestSampling(unittest.TestCase):
     def setUp(self) -> None:
         self.network = small_network(dropout=0.0).eval()
         self.noise = noise_of_draws(range(4), (1, 8, 8), seed=0)
+
+    @parameterized.expand([(False, 2), (True, [-1, 1, -1])])
+    def test_of_a_class(self, multi_label: bool, condition: Any) -> None:
+        config = {**self.network.config, "class_conditional": True, "multi_label": multi_label}
+        network = JointDiffusionUNet(**config).eval()
+        for parameter in network.parameters():  # MONAI's last layers start at 0
+            if parameter.ndim > 1 and not bool(parameter.any()):
+                torch.nn.init.normal_(parameter, std=0.3)
+        scheduler = make_scheduler("ddim", 3)
+        inferer = JointDiffusionInferer(scheduler)
+        labels = torch.tensor([condition] * 4)
+        expected = inferer.sample(self.noise, network, scheduler, class_labels=labels, guidance_scale=2.0).image
+        found = SamplingInferer(inferer, scheduler, 3, class_labels=condition, guidance_scale=2.0)(self.noise, network)
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+        free = SamplingInferer(inferer, scheduler, 3)(self.noise, network)
+        self.assertGreater(float((free - found).abs().max()), 1e-3)
 
     def test_is_what_the_inferer_samples(self) -> None:
         one = sampling("ddim")

@@ -20,7 +20,7 @@ from parameterized import parameterized
 from scipy import stats
 
 from monai_jointdiff.engines.prepare_batch import JointPrepareBatch, ValidationPrepareBatch
-from monai_jointdiff.losses import min_snr_weight
+from monai_jointdiff.losses import favero_weight, min_snr_weight
 from monai_jointdiff.schedulers import make_scheduler
 from tests.engines.small_run import use_one_thread
 
@@ -76,6 +76,13 @@ class TestJointPrepareBatch(unittest.TestCase):
         torch.testing.assert_close(targets["target"], expected)
         weight = min_snr_weight(alpha_bar / (1 - alpha_bar), prediction_type, 3.0).float()
         torch.testing.assert_close(targets["weight"], weight)
+
+    @parameterized.expand([(JointPrepareBatch,), (ValidationPrepareBatch,)])
+    def test_weighting_of_favero(self, kind):
+        process = scheduler("v_prediction")
+        _, targets, _, keywords = kind(process, 0, weighting="favero", gamma=3.0)(batch(), "cpu")
+        weight = favero_weight(process.snr(keywords["timesteps"]), "v_prediction", 3.0)
+        torch.testing.assert_close(targets["weight"], weight.float())
 
     def test_functions_of_the_draw(self):
         prepare = JointPrepareBatch(scheduler(), seed=3, class_conditional=True, num_classes=3, label_dropout=0.5)

@@ -148,7 +148,7 @@ class TestReporter(unittest.TestCase):
     def test_writes_the_report_of_labelled_images(self, _: str, description: ModelDescription, classes: int) -> None:
         given = predictions(classes)
         folder, text = self.report(description, given)
-        names = {"metrics.json", "predictions.csv", "roc.png", "reliability.png", "confusion.png"}
+        names = {"metrics.json", "predictions.csv", "roc.png", "reliability.png", "risk_coverage.png", "confusion.png"}
         self.assertEqual({path.name for path in folder.iterdir()}, names)
         content = json.loads((folder / "metrics.json").read_text())
         known = given.labels >= 0
@@ -164,19 +164,27 @@ class TestReporter(unittest.TestCase):
         self.assertEqual(content["decision"], vars(description.decision))
         self.assertEqual(content["part"], "test")
         self.assertIn(expected.table(), text)
+        p = description.decision.probabilities(given.logits[known])
+        right = description.decision.classes(p) == given.labels[known]
+        entropy = -(p * np.log(p)).sum(axis=1)
+        half = right[np.argsort(entropy)[: len(right) // 2]].mean()  # no two entropies are the same
+        found = {row["coverage"]: row["value"] for row in content["selective"]["accuracy_at_coverage"]}
+        self.assertAlmostEqual(found[1.0], right.mean())
+        if len(right) % 2 == 0:
+            self.assertAlmostEqual(found[0.5], half)
         self.assertEqual(len(rows(folder / "predictions.csv")), 60)
         for path in folder.glob("*.png"):
             self.assertGreater(read_image(path).std(), 0)
 
     def test_several_labels_have_no_confusion_matrix(self) -> None:
         folder, _ = self.report(SEVERAL, several())
-        names = {"metrics.json", "predictions.csv", "roc.png", "reliability.png"}
+        names = {"metrics.json", "predictions.csv", "roc.png", "reliability.png", "risk_coverage.png"}
         self.assertEqual({path.name for path in folder.iterdir()}, names)
 
     def test_a_part_with_one_class_has_no_roc_curve(self) -> None:
         given = predictions(2)
         folder, _ = self.report(BINARY, replace(given, labels=np.ones_like(given.labels)))
-        names = {"metrics.json", "predictions.csv", "reliability.png", "confusion.png"}
+        names = {"metrics.json", "predictions.csv", "reliability.png", "risk_coverage.png", "confusion.png"}
         self.assertEqual({path.name for path in folder.iterdir()}, names)
 
     def test_description_may_come_later(self) -> None:

@@ -97,6 +97,8 @@ class TestTrained(unittest.TestCase):
         for refused in (False, "false", "yes"):
             with self.assertRaisesRegex(ValueError, "answers of an untrained network mean nothing. Train first"):
                 require_trained(folder, refused)
+        with self.assertRaisesRegex(ValueError, r"Train first \(another program\)"):
+            require_trained(folder, program="another program")
         for allowed in (True, "true"):
             require_trained(folder, allowed)
         (folder / "model.pt").touch()

@@ -19,6 +19,7 @@ from parameterized import parameterized
 from torch import nn
 
 from monai_jointdiff.handlers import ExponentialMovingAverage
+from monai_jointdiff.networks import JointDiffusionUNet
 
 
 def scalar_network(value: float) -> nn.Module:
@@ -102,6 +103,30 @@ class TestExponentialMovingAverage(unittest.TestCase):
         torch.testing.assert_close(average.ema_model[1].running_mean, expected)
         self.assertEqual(average.ema_model[1].num_batches_tracked, network[1].num_batches_tracked)
         self.assertEqual(set(average.state_dict()), set(network.state_dict()))
+
+    def test_covers_the_class_embedding_and_everything_else(self):
+        network = JointDiffusionUNet(
+            2,
+            1,
+            1,
+            3,
+            num_res_blocks=1,
+            channels=(4, 4),
+            attention_levels=(False, True),
+            norm_num_groups=2,
+            num_head_channels=2,
+            class_conditional=True,
+        )
+        average = ExponentialMovingAverage(network, decay=0.5, warmup=1)
+        before = {key: value.clone() for key, value in network.state_dict().items()}
+        with torch.no_grad():
+            for parameter in network.parameters():
+                parameter.add_(1.0)
+        average.update(1)
+        learned = {name for name, _ in network.named_parameters()}
+        self.assertIn("class_embedding.weight", learned)
+        for name in learned:
+            torch.testing.assert_close(average.state_dict()[name], before[name] + 0.5)
 
     def test_accumulated_steps(self):
         # the average moves only when the optimizer does: iterations 2, 4 and the last, 5

@@ -27,6 +27,7 @@ from monai_jointdiff.handlers import FixedNoiseSampler, SampleImages
 from monai_jointdiff.inferers import JointDiffusionInferer
 from monai_jointdiff.schedulers import make_scheduler
 from tests.engines.small_run import small_network, use_one_thread
+from tests.inferers.autoencoders import HalvingAutoencoder
 
 SummaryWriter, _ = optional_import("torch.utils.tensorboard", name="SummaryWriter")
 Image, has_pil = optional_import("PIL.Image")
@@ -146,6 +147,16 @@ class TestFixedNoiseSampler(unittest.TestCase):
         # the strip ends where the chain of the first image ends, and there the last estimate is the image
         torch.testing.assert_close(first["denoising"][0, -1], expected[0])
         torch.testing.assert_close(first["denoising"][1, -1], expected[0])
+
+    def test_of_latents_the_images_are_shown(self):
+        scheduler = make_scheduler("ddim")
+        scheduler.set_timesteps(3)
+        inferer = JointDiffusionInferer(scheduler, autoencoder=HalvingAutoencoder(), scale_factor=0.5)
+        found = FixedNoiseSampler(inferer, scheduler, (1, 8, 8), 2, 3)(small_network().eval())
+        self.assertEqual(found["samples"].shape, (2, 1, 16, 16))
+        self.assertEqual(found["denoising"].shape, (2, 3, 1, 16, 16))
+        for row in found["denoising"]:
+            torch.testing.assert_close(row[-1], found["samples"][0])
 
     def test_wrong_input(self):
         for options in ({"num_samples": 0}, {"num_frames": 0}):

@@ -1,0 +1,187 @@
+# Copyright (c) MONAI-JointDiff Contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""A study of label efficiency whose trainings are played by a function that writes what a training writes."""
+
+from __future__ import annotations
+
+import ast
+import csv
+import json
+import subprocess
+import tempfile
+import unittest
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+from monai.utils import optional_import
+from parameterized import parameterized
+
+from monai_jointdiff.engines import LabelEfficiencyStudy, LabelRun, LabelRunResult, summarize_label_runs
+from monai_jointdiff.metrics import Interval, mean_of_repeats
+
+_, has_matplotlib = optional_import("matplotlib")
+_, has_scipy = optional_import("scipy")
+
+GRID: dict[str, Any] = {"counts": [20, 10], "algorithms": ["supervised", "fixmatch"], "label_seeds": [0, 5]}
+
+
+def options_of(command: Sequence[str]) -> dict[str, Any]:
+    """Name and value of each option, as Fire reads them."""
+    names, values = command[4::2], command[5::2]
+    return {name.removeprefix("--"): ast.literal_eval(value) for name, value in zip(names, values, strict=True)}
+
+
+def accuracy(algorithm: str, num_labels: int, label_seed: int) -> float:
+    return 0.5 + num_labels / 100 + label_seed / 100 + 0.1 * (algorithm == "fixmatch")
+
+
+class Trainings:
+    """Stands for `subprocess.run`: keeps the options, and breaks down at one of the trainings."""
+
+    def __init__(self, fails_at: int | None = None) -> None:
+        self.fails_at = fails_at
+        self.asked: list[dict[str, Any]] = []
+
+    def __call__(self, command: Sequence[str], stdout: Any, **_: Any) -> subprocess.CompletedProcess[str]:
+        options = options_of(command)
+        self.asked.append(options)
+        models, output = Path(options["ckpt_dir"]), Path(options["output_dir"])
+        for folder in (models, output):
+            folder.mkdir(parents=True)
+        (models / "model.pt").touch()
+        (models / "checkpoint_00000004.pt").touch()
+        if len(self.asked) == self.fails_at:
+            stdout.write("line\n" * 50 + "ValueError: out of luck\n")
+            return subprocess.CompletedProcess([], 1)
+        (output / "labelled.txt").write_text("a\n" * (options["num_labels"] + 1), encoding="utf-8")
+        value = accuracy(options["algorithm"], options["num_labels"], options["label_seed"])
+        classes = {"a": {"f1": {"value": value}}, "b": {"f1": {"value": value - 0.2}}, "c": {"f1": {"value": None}}}
+        metrics = {"balanced_accuracy": {"value": value}, "auc": {"value": value / 2}, "f1": {"value": 9.0}}
+        content = {"metrics": {**metrics, "per_class": classes}}
+        (output / "metrics.json").write_text(json.dumps(content), encoding="utf-8")
+        return subprocess.CompletedProcess([], 0)
+
+
+@unittest.skipUnless(has_matplotlib and has_scipy, "matplotlib or scipy is not installed")
+class TestStudy(unittest.TestCase):
+    def setUp(self) -> None:
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.folder = Path(folder.name)
+
+    def study(self, **options: Any) -> LabelEfficiencyStudy:
+        given = {"dataset_dir": "/somewhere/images", "epochs": 3, "image_size": None}
+        files = ["train.json", "train_semi.json"]
+        return LabelEfficiencyStudy(files, self.folder, **{**GRID, "options": given, **options})
+
+    def run_study(self, trainings: Trainings, **options: Any) -> list[LabelRunResult]:
+        with mock.patch("subprocess.run", trainings), mock.patch("builtins.print"):
+            return self.study(**options).run()
+
+    def test_every_training_has_its_options_and_its_folder(self) -> None:
+        trainings = Trainings()
+        self.run_study(trainings)
+        found = [(asked["label_seed"], asked["num_labels"], asked["algorithm"]) for asked in trainings.asked]
+        expected = [(seed, n, a) for seed in (0, 5) for n in (10, 20) for a in ("supervised", "fixmatch")]
+        self.assertEqual(found, expected)
+        self.assertEqual(len({asked["ckpt_dir"] for asked in trainings.asked}), 8)
+        first = trainings.asked[0]
+        self.assertEqual(first["config_file"], ["train.json", "train_semi.json"])
+        self.assertEqual((first["dataset_dir"], first["epochs"], first["num_samples"]), ("/somewhere/images", 3, 0))
+        self.assertEqual(first["validation_count"], "labelled")
+        self.assertNotIn("image_size", first)
+        models = self.folder / "runs" / "supervised_10_labels_seed_0" / "models"
+        self.assertEqual([path.name for path in models.iterdir()], ["model.pt"])  # checkpoints are of no use any more
+
+    def test_results_and_files(self) -> None:
+        results = self.run_study(Trainings())
+        content = json.loads((self.folder / "label_efficiency.json").read_text(encoding="utf-8"))
+        self.assertNotIn("somewhere", json.dumps(content))
+        points = {(point["algorithm"], point["num_labels"]): point for point in content["means"]}
+        self.assertEqual(len(points), 4)
+        for (algorithm, n), point in points.items():
+            values = [accuracy(algorithm, n, seed) for seed in (0, 5)]
+            self.assertEqual(point["draws"], 2)
+            self.assertEqual(point["balanced_accuracy"], mean_of_repeats(values).as_dict())
+            self.assertAlmostEqual(point["auc"]["value"], np.mean(values) / 2)
+            self.assertAlmostEqual(point["macro_f1"]["value"], np.mean(values) - 0.1)
+        with open(self.folder / "label_efficiency.csv", newline="", encoding="utf-8") as stream:
+            rows = list(csv.DictReader(stream))
+        self.assertEqual(len(rows), 8)
+        self.assertEqual([row["labelled"] for row in rows], [str(result.run.num_labels + 1) for result in results])
+        for row, result in zip(rows, results, strict=True):
+            self.assertEqual(float(row["auc"]), result.auc)
+        self.assertEqual((self.folder / "label_efficiency.png").read_bytes()[:4], b"\x89PNG")
+
+    def test_goes_on_where_it_was_interrupted(self) -> None:
+        with self.assertRaisesRegex(RuntimeError, r"supervised, 20 labels, seed 0 failed \(code 1\)(.|\n)*out of luck"):
+            self.run_study(Trainings(fails_at=3))
+        written = json.loads((self.folder / "label_efficiency.json").read_text(encoding="utf-8"))
+        self.assertEqual(len(written["runs"]), 2)
+        second = Trainings()
+        results = self.run_study(second)
+        self.assertEqual(len(second.asked), 6)
+        self.assertEqual(len(results), 8)
+        third = Trainings()
+        self.assertEqual(self.run_study(third), results)  # from the files, to the last digit
+        self.assertEqual(third.asked, [])
+        more = Trainings()
+        self.run_study(more, label_seeds=[0, 5, 6])
+        self.assertEqual([asked["label_seed"] for asked in more.asked], [6] * 4)
+
+    def test_trainings_of_other_options_are_not_mixed(self) -> None:
+        self.run_study(Trainings())
+        none = Trainings()
+        with self.assertRaisesRegex(ValueError, "LabelEfficiencyStudy: .* other options .epochs was 3, is 4"):
+            self.run_study(none, options={"dataset_dir": "/elsewhere/images", "epochs": 4})
+        with self.assertRaisesRegex(ValueError, "validation_count was 'labelled', is None"):
+            self.run_study(none, fair_validation=False)
+        self.assertEqual(none.asked, [])
+
+    def test_command_keeps_texts_and_values(self) -> None:
+        values = {"dataset_dir": "2024_01", "progress": True, "train#epoch_length": 3, "class_names": ["a", "b"]}
+        command = self.study(options=values).command(LabelRun("joint", 10, 0))
+        self.assertLessEqual(values.items(), options_of(command).items())
+        self.assertEqual(command[1:4], ["-m", "monai.bundle", "run"])
+
+    @parameterized.expand(
+        [
+            ({"counts": []}, "counts must be a list of different ones"),
+            ({"counts": 20}, "counts must be a list .* got 20"),
+            ({"counts": [20, 20]}, "counts must be a list of different ones"),
+            ({"counts": [0]}, "whole numbers >= 1"),
+            ({"algorithms": "joint"}, "algorithms must be a list"),
+            ({"algorithms": ["mixmatch"]}, "among fixmatch, pi_model, joint, fixmatch_alone, supervised"),
+            ({"label_seeds": [0.5]}, "label_seeds must be a list .*whole numbers >= 0"),
+            ({"options": {"num_labels": 5, "resume": "x"}}, "the study sets num_labels, resume itself"),
+            ({"options": {"device": Path()}}, "options must be plain values"),
+        ]
+    )
+    def test_wrong_input(self, options: dict[str, Any], message: str) -> None:
+        with self.assertRaisesRegex(ValueError, f"LabelEfficiencyStudy: .*{message}"):
+            self.study(**options)
+
+
+class TestSummary(unittest.TestCase):
+    def test_figures_that_are_not_defined_have_no_mean(self) -> None:
+        result = LabelRunResult(LabelRun("joint", 10, 0), 10, 1.0, None, 0.5, 0.25)
+        (point,) = summarize_label_runs([result])
+        self.assertEqual(point["auc"], Interval(0.5, reason="one repeat"))
+        self.assertIsNone(point["balanced_accuracy"].value)
+        self.assertIn("not defined", point["balanced_accuracy"].reason)
+
+
+if __name__ == "__main__":
+    unittest.main()
