@@ -112,7 +112,7 @@ class TestTraining(unittest.TestCase):
         models = {path.name for path in (TRAINED / "models").iterdir()}
         self.assertEqual(models, {"model.pt", "model.json", "checkpoint_00000003.pt", "checkpoint_00000006.pt"})
         output = {path.name for path in (TRAINED / "output").iterdir()}
-        pictures = {"roc.png", "reliability.png", "confusion.png", "real_and_generated.png"}
+        pictures = {"roc.png", "reliability.png", "risk_coverage.png", "confusion.png", "real_and_generated.png"}
         numbers = {"summary.json", "metrics.json", "generation.json", "predictions.csv"}
         self.assertEqual(output, pictures | numbers | {"tensorboard", "training"})
         drawn = {path.name for path in (TRAINED / "output" / "training").iterdir()}
