@@ -187,7 +187,8 @@ class LabelEfficiencyStudy:
             known = stored[run]
             print(f"[{number}/{len(self.runs)}] {run}" + (" (complete)" if known else ""), flush=True)
             results.append(known or self._train(run))
-            self._write(results)
+            if known is None or number == len(self.runs):
+                self._write(results)
         print(f"\n{self._table(results)}\n\nnumbers and picture: {self.output_dir}", flush=True)
         return results
 

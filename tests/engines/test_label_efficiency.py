@@ -14,6 +14,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import csv
 import json
 import subprocess
@@ -28,7 +29,13 @@ import numpy as np
 from monai.utils import optional_import
 from parameterized import parameterized
 
-from monai_jointdiff.engines import LabelEfficiencyStudy, LabelRun, LabelRunResult, summarize_label_runs
+from monai_jointdiff.engines import (
+    LabelEfficiencyStudy,
+    LabelRun,
+    LabelRunResult,
+    label_efficiency,
+    summarize_label_runs,
+)
 from monai_jointdiff.metrics import Interval, mean_of_repeats
 
 _, has_matplotlib = optional_import("matplotlib")
@@ -86,8 +93,16 @@ class TestStudy(unittest.TestCase):
         files = ["train.json", "train_semi.json"]
         return LabelEfficiencyStudy(files, self.folder, **{**GRID, "options": given, **options})
 
-    def run_study(self, trainings: Trainings, **options: Any) -> list[LabelRunResult]:
-        with mock.patch("subprocess.run", trainings), mock.patch("builtins.print"):
+    def run_study(self, trainings: Trainings, drawn: bool = False, **options: Any) -> list[LabelRunResult]:
+        """Without the picture, which takes half a second each time, unless it is looked at."""
+        names = () if drawn else ("label_efficiency_figure", "save_figure")
+        with (
+            mock.patch("subprocess.run", trainings),
+            mock.patch("builtins.print"),
+            contextlib.ExitStack() as stack,
+        ):
+            for name in names:
+                stack.enter_context(mock.patch.object(label_efficiency, name))
             return self.study(**options).run()
 
     def test_every_training_has_its_options_and_its_folder(self) -> None:
@@ -123,6 +138,9 @@ class TestStudy(unittest.TestCase):
         self.assertEqual([row["labelled"] for row in rows], [str(result.run.num_labels + 1) for result in results])
         for row, result in zip(rows, results, strict=True):
             self.assertEqual(float(row["auc"]), result.auc)
+
+    def test_picture(self) -> None:
+        self.run_study(Trainings(), drawn=True, label_seeds=[0], counts=[20], algorithms=["joint"])
         self.assertEqual((self.folder / "label_efficiency.png").read_bytes()[:4], b"\x89PNG")
 
     def test_goes_on_where_it_was_interrupted(self) -> None:
