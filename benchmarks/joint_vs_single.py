@@ -211,6 +211,11 @@ def comparison(store: CellStore, seeds: Sequence[int]) -> list[dict[str, Any]]:
     return rows
 
 
+def machines(store: CellStore) -> list[str]:
+    """The CPUs on which the cells were measured."""
+    return sorted({str(record["environment"].get("cpu")) for record in store.records()})
+
+
 def tables(store: CellStore, floor: Mapping[str, float], settings: Mapping[str, Any]) -> None:
     """Write the result files: the figures of each method, and the comparison with its verdicts.
 
@@ -232,6 +237,7 @@ def tables(store: CellStore, floor: Mapping[str, float], settings: Mapping[str, 
         "Weights by the lowest validation loss; the threshold has the best balanced accuracy on the validation part.",
         f"Distances: {settings['samples']} samples, {STEPS} steps of DPM-Solver++, against the 624 test images.",
         "Targets of the joint model, mean over 3 seeds: AUC at least 0.980, accuracy at least 0.89.",
+        f"Machines of the cells: {', '.join(machines(store))}; minutes are those of a machine shared with other work.",
     ]
     environment = json.loads(store.path(Cell(DATA, "joint", seeds[0])).read_text(encoding="utf-8"))["environment"]
     write_result("pneumonia", "PneumoniaMNIST, 28 px", rows, notes=notes, environment=environment)
