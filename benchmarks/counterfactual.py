@@ -324,8 +324,8 @@ def tables(store: CellStore, court: Court) -> None:
         "our counterfactual; columns give the share of images that flip the oracle.",
         "The oracle's augmentation was made milder after its test AUC had been seen (0.94); timestep and probability "
         "were chosen on 30 validation images, after a first look at 20 test images with an unfinished network.",
-        f"Machines of the cells: {', '.join(joint_vs_single.machines(store))}; on each an oracle of its own, trained by "
-        "the same recipe.",
+        f"Machines of the cells: {', '.join(joint_vs_single.machines(store))}; on each an oracle of its own, trained "
+        "by the same recipe.",
         "Targets, in the smaller direction: model at least 0.99, oracle at least 0.90, L1 below half the distance, "
         "excess at least 0.60, adversarial at least 0.40 below ours.",
     ]
