@@ -24,13 +24,13 @@ from typing import Any
 import numpy as np
 import torch
 from monai.data import DataLoader, Dataset
-from monai.engines import PrepareBatch, SupervisedEvaluator
+from monai.engines import SupervisedEvaluator
 from torch import nn
 
-from monai_jointdiff.data import draw_seed, find_images
+from monai_jointdiff.data import find_images
 from monai_jointdiff.engines.bundle import json_word
 from monai_jointdiff.engines.description import ModelDescription
-from monai_jointdiff.engines.explaining import spread
+from monai_jointdiff.engines.explaining import NamedImagesPrepareBatch, spread
 from monai_jointdiff.engines.reporting import in_words
 from monai_jointdiff.engines.serving import images_to_classify, source_of_model
 from monai_jointdiff.handlers.atomic import atomic_write_text
@@ -169,7 +169,7 @@ def _has_labels(dataset_dir: str | int | None, class_names: Sequence[str], with_
     return with_masks or any(path.glob("*.csv")) or bool(folders & {name.casefold() for name in class_names})
 
 
-class DiffusionClassifierPrepareBatch(PrepareBatch):
+class DiffusionClassifierPrepareBatch(NamedImagesPrepareBatch):
     """Turns a batch into the arguments of a :class:`~monai_jointdiff.inferers.DiffusionClassifierInferer`.
 
     The noise of an image is a function of (seed, its name), whatever the batch it is in.
@@ -181,31 +181,7 @@ class DiffusionClassifierPrepareBatch(PrepareBatch):
     """
 
     def __init__(self, seed: int = 0, maps: bool | str = False, progress: bool | str = False) -> None:
-        self.seed = seed
-        self.maps = json_word(maps) is True
-        self.progress = json_word(progress) is True
-
-    def __call__(
-        self,
-        batchdata: Mapping[str, Any],
-        device: str | torch.device | None = None,
-        non_blocking: bool = False,
-        **kwargs: Any,
-    ) -> tuple[torch.Tensor, Any, tuple[()], dict[str, Any]]:
-        """Prepare one batch.
-
-        Args:
-            batchdata: `image` (N, C, *spatial) in [-1, 1], `name` (N texts), `label` where it is known.
-            device: where the images go.
-            non_blocking: as for `Tensor.to`.
-            kwargs: further arguments of `Tensor.to`.
-
-        Returns:
-            images, labels as they came, no arguments, and the keywords of the inferer.
-        """
-        image = torch.as_tensor(batchdata["image"]).to(device=device, non_blocking=non_blocking, **kwargs)
-        seeds = [draw_seed(self.seed, 0, f"diffusion/{name}") for name in batchdata["name"]]
-        return image, batchdata.get("label"), (), {"seed": seeds, "maps": self.maps, "progress": self.progress}
+        super().__init__(seed, "diffusion", progress, maps=json_word(maps) is True)
 
 
 def classify_by_diffusion(

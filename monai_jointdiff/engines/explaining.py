@@ -29,6 +29,7 @@ from monai_jointdiff.engines.serving import images_to_classify
 
 __all__ = [
     "CounterfactualPrepareBatch",
+    "NamedImagesPrepareBatch",
     "class_of_target",
     "class_to_generate",
     "images_to_explain",
@@ -169,7 +170,45 @@ def spread(items: Sequence[_Item], limit: int | str | None, option: str = "--lim
     return [items[index] for index in np.linspace(0, len(items) - 1, count).round().astype(int)]
 
 
-class CounterfactualPrepareBatch(PrepareBatch):
+class NamedImagesPrepareBatch(PrepareBatch):
+    """Turns a batch into the arguments of an inferer that adds noise: a function of (seed, name of the image).
+
+    Args:
+        seed: of the noise.
+        stream: what the noise is for; other purposes get other noise.
+        progress: show a progress bar for each batch.
+        keywords: further keywords of the inferer, the same for all images.
+    """
+
+    def __init__(self, seed: int, stream: str, progress: bool | str = False, **keywords: Any) -> None:
+        self.seed = seed
+        self.stream = stream
+        self.keywords = {**keywords, "progress": json_word(progress) is True}
+
+    def __call__(
+        self,
+        batchdata: Mapping[str, Any],
+        device: str | torch.device | None = None,
+        non_blocking: bool = False,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, Any, tuple[()], dict[str, Any]]:
+        """Prepare one batch.
+
+        Args:
+            batchdata: `image` (N, C, *spatial) in [-1, 1], `name` (N texts), `label` where it is known.
+            device: where the images go.
+            non_blocking: as for `Tensor.to`.
+            kwargs: further arguments of `Tensor.to`.
+
+        Returns:
+            images, labels as they came, no arguments, and the keywords of the inferer.
+        """
+        image = torch.as_tensor(batchdata["image"]).to(device=device, non_blocking=non_blocking, **kwargs)
+        seeds = [draw_seed(self.seed, 0, f"{self.stream}/{name}") for name in batchdata["name"]]
+        return image, batchdata.get("label"), (), {**self.keywords, "seed": seeds}
+
+
+class CounterfactualPrepareBatch(NamedImagesPrepareBatch):
     """Turns a batch into the arguments of a :class:`~monai_jointdiff.inferers.CounterfactualInferer`.
 
     The noise of an image is a function of (seed, its name), whatever the batch it is in.
@@ -194,33 +233,8 @@ class CounterfactualPrepareBatch(PrepareBatch):
         seed: int = 0,
         progress: bool | str = False,
     ) -> None:
-        self.target = class_of_target(target, class_names)
-        self.enforce = _flag(enforce)
-        self.seed = seed
-        self.progress = json_word(progress) is True
-
-    def __call__(
-        self,
-        batchdata: Mapping[str, Any],
-        device: str | torch.device | None = None,
-        non_blocking: bool = False,
-        **kwargs: Any,
-    ) -> tuple[torch.Tensor, Any, tuple[()], dict[str, Any]]:
-        """Prepare one batch.
-
-        Args:
-            batchdata: `image` (N, C, *spatial) in [-1, 1], `name` (N texts), `label` where it is known.
-            device: where the images go.
-            non_blocking: as for `Tensor.to`.
-            kwargs: further arguments of `Tensor.to`.
-
-        Returns:
-            images, labels as they came, no arguments, and the keywords of the inferer.
-        """
-        image = torch.as_tensor(batchdata["image"]).to(device=device, non_blocking=non_blocking, **kwargs)
-        seeds = [draw_seed(self.seed, 0, f"counterfactual/{name}") for name in batchdata["name"]]
-        keywords = {"target": self.target, "enforce": self.enforce, "seed": seeds, "progress": self.progress}
-        return image, batchdata.get("label"), (), keywords
+        wanted = class_of_target(target, class_names)
+        super().__init__(seed, "counterfactual", progress, target=wanted, enforce=_flag(enforce))
 
 
 def _flag(value: bool | str | None) -> bool | None:
