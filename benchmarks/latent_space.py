@@ -78,7 +78,7 @@ def autoencoder(work: Path, quick: bool) -> dict[str, Any]:
     }
     minutes = run_bundle(f"{CONFIGS}/train_autoencoder.json", work / "autoencoder", options, quick)
     summary = json.loads((work / "autoencoder" / "output" / "summary.json").read_text(encoding="utf-8"))
-    return {"minutes": minutes, **{name: summary["test"][name] for name in ("l1", "psnr", "ssim")}}
+    return {"minutes": minutes, **{name: summary[f"test {name}"] for name in ("l1", "psnr", "ssim")}}
 
 
 def joint(space: str, work: Path, quick: bool) -> dict[str, Any]:

@@ -37,7 +37,12 @@ __all__ = ["format_value", "load_results", "main", "render_document", "render_ta
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 NOT_MEASURED = "Not measured yet."
-DOCUMENTS = (ROOT / "benchmarks" / "README.md", ROOT / "README.md", ROOT / "docs" / "diffusion_classifier.md")
+DOCUMENTS = (
+    ROOT / "benchmarks" / "README.md",
+    ROOT / "README.md",
+    ROOT / "docs" / "diffusion_classifier.md",
+    ROOT / "docs" / "few_labels.md",
+)
 
 MARKER = re.compile(r"^<!-- (table|end):([\w.-]+) -->[ \t]*$", re.M)
 

@@ -59,6 +59,7 @@ NETWORK: dict[str, Any] = {
 NUM_CLASSES = 2
 CLASSIFICATION_WEIGHT = 0.1
 LEARNING_RATE = 2e-4
+TABLES = ("ratios", "throughput", "loss")
 LOSS_WINDOW = 50  # steps averaged into one point of a loss curve
 
 # name, spatial dimensions, pixels per axis, batch size
@@ -354,8 +355,8 @@ def ratio_notes(seconds: Mapping[str, Sequence[float]]) -> list[str]:
     return [*notes, "Values are medians over interleaved repeats, in brackets the quartiles."]
 
 
-def throughput_rows(measured: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """One row per image size and task."""
+def throughput_rows(measured: Mapping[str, Mapping[str, Any]], cpus: Mapping[str, str]) -> list[dict[str, Any]]:
+    """One row per image size and task; bf16 pays on processors that have it, so the processor stands in the row."""
     labels = {"bf16": "ours, bf16", "fp32": "ours, fp32", "monai": "MONAI's blocks, fp32, separate calls"}
     rows = []
     for size, values in measured.items():
@@ -363,6 +364,7 @@ def throughput_rows(measured: Mapping[str, Mapping[str, Any]]) -> list[dict[str,
             row: dict[str, Any] = {"images": size, "batch": values["batch_size"], "task": task}
             for key, label in labels.items():
                 row[label] = values["batch_size"] / statistics.median(values["seconds"][f"{key} {task}"])
+            row["processor"] = cpus[size]
             rows.append(row)
     return rows
 
@@ -404,6 +406,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="few small repeats, to prove the script; needs --output")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seeds", type=int, default=3, help="seeds of the loss curves")
+    parser.add_argument("--tables", nargs="*", default=list(TABLES), choices=TABLES, help="which to measure and write")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--output", type=Path, default=None, help=f"folder of the results (default: {RESULTS})")
     settings = parser.parse_args(arguments)
@@ -437,31 +440,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
         record = json.loads(store.path(cell).read_text(encoding="utf-8"))  # the environment it was measured in
         write_result(name, title, rows, notes=notes, environment=record["environment"], folder=settings.output)
 
-    cell = Cell("random", "ratios", 0)
-    seconds = store.run_missing([cell], lambda _: measure_ratios(settings))[cell]["seconds"]
-    title = f"Training step, {settings.size} px, batch {settings.batch_size}"
-    write("speed", title, ratio_rows(seconds, settings.batch_size), ratio_notes(seconds), cell)
+    if "ratios" in settings.tables:
+        cell = Cell("random", "ratios", 0)
+        seconds = store.run_missing([cell], lambda _: measure_ratios(settings))[cell]["seconds"]
+        title = f"Training step, {settings.size} px, batch {settings.batch_size}"
+        write("speed", title, ratio_rows(seconds, settings.batch_size), ratio_notes(seconds), cell)
 
-    sizes = {Cell(name, "throughput", 0): (dims, size, batch) for name, dims, size, batch in settings.sizes}
-    measured = store.run_missing(sizes, lambda cell: measure_throughput(*sizes[cell], settings))
-    rows = throughput_rows({cell.data: values for cell, values in measured.items()})
-    notes = "Medians. Training is the joint step; a sampling step is one network call and one step of DDIM."
-    write("speed_throughput", "Images per second", rows, notes, next(iter(sizes)))
+    if "throughput" in settings.tables:
+        sizes = {Cell(name, "throughput", 0): (dims, size, batch) for name, dims, size, batch in settings.sizes}
+        measured = store.run_missing(sizes, lambda cell: measure_throughput(*sizes[cell], settings))
+        cpus = {cell.data: json.loads(store.path(cell).read_text("utf-8"))["environment"]["cpu"] for cell in sizes}
+        rows = throughput_rows({cell.data: values for cell, values in measured.items()}, cpus)
+        notes = "Medians. Training is the joint step; a sampling step is one network call and one step of DDIM."
+        write("speed_throughput", "Images per second", rows, notes, next(iter(sizes)))
 
-    name, images, labels = load_images(settings.size)
-    ways = {"bf16": OURS, "fp32": SEPARATE[0]}
-    cells = [Cell(name, f"loss_{way}", seed) for seed in range(settings.seeds) for way in ways]
-    runs = store.run_missing(
-        cells, lambda cell: learn(ways[cell.method.removeprefix("loss_")], cell.seed, images, labels, settings)
-    )
-    curves = {way: [runs[c] for c in cells if c.method == f"loss_{way}"] for way in ways}
-    rows = loss_rows(curves)
-    within = sum(row["within"] for row in rows)
-    notes = (
-        f"{settings.seeds} seeds on {name}, {settings.steps} steps in windows of {min(LOSS_WINDOW, settings.steps)}. "
-        f"Within the range of the seeds: {within} of {len(rows)} windows."
-    )
-    write("speed_loss", "Loss of bf16 with a shared encoder call against fp32", rows, notes, cells[0])
+    if "loss" in settings.tables:
+        name, images, labels = load_images(settings.size)
+        ways = {"bf16": OURS, "fp32": SEPARATE[0]}
+        cells = [Cell(name, f"loss_{way}", seed) for seed in range(settings.seeds) for way in ways]
+        runs = store.run_missing(
+            cells, lambda cell: learn(ways[cell.method.removeprefix("loss_")], cell.seed, images, labels, settings)
+        )
+        curves = {way: [runs[c] for c in cells if c.method == f"loss_{way}"] for way in ways}
+        rows = loss_rows(curves)
+        within = sum(row["within"] for row in rows)
+        notes = (
+            f"{settings.seeds} seeds on {name}, {settings.steps} steps in windows of "
+            f"{min(LOSS_WINDOW, settings.steps)}. Within the range of the seeds: {within} of {len(rows)} windows."
+        )
+        write("speed_loss", "Loss of bf16 with a shared encoder call against fp32", rows, notes, cells[0])
     return 0
 
 

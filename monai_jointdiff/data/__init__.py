@@ -13,6 +13,15 @@
 
 from __future__ import annotations
 
+from .anti_curriculum import (
+    AntiCurriculumPseudoLabeller,
+    Neighbours,
+    informative_mixup,
+    informative_samples,
+    mutual_neighbours,
+    nearest_neighbours,
+    neighbour_labels,
+)
 from .brain_phantoms import BRAIN_CLASSES, BrainPhantoms
 from .draws import BalancedOrder, DrawBatchSampler, DrawDataset, DrawOrder, ShuffledOrder, draw_seed
 from .folder import find_images, list_images, read_folder
@@ -22,6 +31,7 @@ from .labels import EncodedLabels, encode_labels
 from .medmnist import download_medmnist
 from .npz import read_npz
 from .phantoms import CHEST_CLASSES, ChestPhantoms, Phantom, Phantoms
+from .pseudo_labels import LabelledFeatures, PseudoLabeller, PseudoLabels, PseudoLabelTable, UnlabelledFeatures
 from .reading import Correction, ImagePreprocessing, read_image
 from .records import Found, Record
 from .skin_phantoms import SKIN_CLASSES, SkinPhantoms
@@ -31,6 +41,7 @@ from .streams import TwoStreamOrder
 from .volumes import ImageFiles, SliceRule
 
 __all__ = [
+    "AntiCurriculumPseudoLabeller",
     "BRAIN_CLASSES",
     "BalancedOrder",
     "BrainPhantoms",
@@ -46,15 +57,21 @@ __all__ = [
     "ImagePreprocessing",
     "ImageSource",
     "IntensityRule",
+    "LabelledFeatures",
+    "Neighbours",
     "Phantom",
     "Phantoms",
     "PrepareItem",
+    "PseudoLabelTable",
+    "PseudoLabeller",
+    "PseudoLabels",
     "Record",
     "SKIN_CLASSES",
     "ShuffledOrder",
     "SkinPhantoms",
     "SliceRule",
     "TwoStreamOrder",
+    "UnlabelledFeatures",
     "canonical_part",
     "choose_labelled",
     "complete_parts",
@@ -62,9 +79,14 @@ __all__ = [
     "draw_seed",
     "encode_labels",
     "find_images",
+    "informative_mixup",
+    "informative_samples",
     "labelled_names",
     "list_images",
     "make_phantoms",
+    "mutual_neighbours",
+    "nearest_neighbours",
+    "neighbour_labels",
     "open_source",
     "open_with_few_labels",
     "read_folder",

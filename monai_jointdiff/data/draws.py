@@ -205,14 +205,17 @@ class DrawDataset(Dataset[dict[Hashable, Any]]):
 
     def __getitem__(self, draw: int) -> dict[Hashable, Any]:
         """The item that draw number `draw` shows, randomly transformed as this draw demands, and `draw` itself."""
-        index = self.order(draw)
-        item = dict(self.transform(dict(self.data[index])) if self._cached is None else self._cached[index])
+        item = self.undisturbed(self.order(draw))
         if self.random_transform is not None:
             low_high = divmod(draw_seed(self.seed, draw, "transforms"), 2**32)
             self.state.seed(low_high)
             item = dict(self.random_transform(item))
         item["draw"] = draw
         return item
+
+    def undisturbed(self, index: int) -> dict[Hashable, Any]:
+        """Item number `index`, whatever draw shows it, without random transforms."""
+        return dict(self.transform(dict(self.data[index])) if self._cached is None else self._cached[index])
 
     def set_random_state(self, seed: int | None = None, state: np.random.RandomState | None = None) -> DrawDataset:
         """Change nothing: MONAI's `DataLoader` calls this in every worker, and here the draw alone decides.

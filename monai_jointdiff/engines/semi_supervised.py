@@ -22,8 +22,9 @@ import torch.distributed as dist
 from monai.transforms import Compose
 from torch import Tensor, nn
 
+from monai_jointdiff.data import PseudoLabelTable
 from monai_jointdiff.inferers import JointDiffusionInferer
-from monai_jointdiff.losses import FixMatchLoss, PiModelLoss, UnlabelledTerm
+from monai_jointdiff.losses import FixMatchLoss, PiModelLoss, PseudoLabelLoss, UnlabelledTerm
 from monai_jointdiff.schedulers import GridScheduler
 from monai_jointdiff.transforms import ClassificationAugmentation, StrongAugmentation
 
@@ -40,7 +41,7 @@ __all__ = [
     "view_transforms",
 ]
 
-WITH_DENOISING = ("fixmatch", "pi_model", "joint")
+WITH_DENOISING = ("fixmatch", "pi_model", "joint", "acpl")
 WITHOUT_DENOISING = ("fixmatch_alone", "supervised")
 ALGORITHMS = (*WITH_DENOISING, *WITHOUT_DENOISING)
 NOISY = ("all", "unlabelled")
@@ -53,7 +54,8 @@ class SemiSupervisedPrepareBatch(JointPrepareBatch):
     that the term compares. The targets say which is which: `label` is -1 in all rows of unlabelled images, `view` the
     number of the view, -1 for labelled images. With a teacher the first view goes to the teacher instead, in evaluation
     mode and without gradients, and its answers are the targets' `teacher_logits`; that saves the gradient of this view
-    and a part of the pass. Fill the batches with :class:`~monai_jointdiff.data.TwoStreamOrder`.
+    and a part of the pass. With pseudo-labels the targets have `pseudo_label` (U, K) and `pseudo_weight` (U,) of the
+    unlabelled images, looked up by draw. Fill the batches with :class:`~monai_jointdiff.data.TwoStreamOrder`.
 
     The head `standardized` standardizes its features over all these rows together: batch normalization in all but name.
     Strongly disturbed views are then part of the statistics with which every other row is standardized, of those that
@@ -75,14 +77,16 @@ class SemiSupervisedPrepareBatch(JointPrepareBatch):
         inferer: asks the teacher about images, also where the network works on latents; None: without mixed precision.
         noisy: which images are denoised: `all`, or `unlabelled` as in Mediffusion. Where 50 of 5,000 images are
             labelled and fill a quarter of each batch, `all` denoises each of them thirty times as often as another.
+        pseudo_labels: those given so far (:class:`~monai_jointdiff.handlers.PseudoLabelRounds` fills the table); None:
+            the term needs none.
         options: further ones of :class:`JointPrepareBatch`, such as `weighting`; `task="classify"` trains without
             denoising, on the same views, in one process: the decoder then has no gradient, and
             DistributedDataParallel wants one of every weight.
 
     Raises:
-        ValueError: for an unknown choice of `noisy`, a teacher without a view, `unlabelled` with a class-conditional
-            network (which would never be told a class), the task `denoise`, or `classify` in several processes; when
-            called, for a batch without the images that are needed.
+        ValueError: for an unknown choice of `noisy`, a teacher or pseudo-labels without a view, both of them,
+            `unlabelled` with a class-conditional network (which would never be told a class), the task `denoise`, or
+            `classify` in several processes; when called, for a batch without the images that are needed.
     """
 
     def __init__(
@@ -93,6 +97,7 @@ class SemiSupervisedPrepareBatch(JointPrepareBatch):
         teacher: nn.Module | None = None,
         inferer: JointDiffusionInferer | None = None,
         noisy: str = "all",
+        pseudo_labels: PseudoLabelTable | None = None,
         **options: Any,
     ) -> None:
         super().__init__(scheduler, seed, **options)
@@ -111,12 +116,18 @@ class SemiSupervisedPrepareBatch(JointPrepareBatch):
             )
         if teacher is not None and not views:
             raise ValueError(f"{name}: a teacher needs a view to answer to, views is empty.")
+        if pseudo_labels is not None and (teacher is not None or not views):
+            raise ValueError(
+                f"{name}: pseudo-labels need a view that learns them, and no teacher beside them; got the views "
+                f"{tuple(views)} and {'no' if teacher is None else 'a'} teacher."
+            )
         self.views = tuple(views)
         self.teacher = teacher
         space = self.space
         default = JointDiffusionInferer(scheduler, autoencoder=space.autoencoder, scale_factor=space.scale_factor)
         self.inferer = default if inferer is None else inferer
         self.noisy = noisy
+        self.pseudo_labels = pseudo_labels
 
     def __call__(
         self,
@@ -153,6 +164,10 @@ class SemiSupervisedPrepareBatch(JointPrepareBatch):
         if self.teacher is not None:
             with torch.no_grad():
                 taught["teacher_logits"] = self.inferer.classify(move(self.views[0], unlabelled), self.teacher)
+        if self.pseudo_labels is not None:
+            found = self.pseudo_labels.of_draws(self._tensor(batchdata, "draw")[unlabelled])
+            for key, tensor in zip(("pseudo_label", "pseudo_weight"), found, strict=True):
+                taught[key] = tensor.to(device=device, non_blocking=non_blocking)
         rows += [move(view, unlabelled) for view in self.views[first:]]
         clean = torch.cat(rows)
         if not len(clean):
@@ -189,7 +204,7 @@ def task_of(algorithm: str) -> str:
     """Whether an algorithm denoises: the `task` of :class:`SemiSupervisedPrepareBatch`.
 
     Args:
-        algorithm: `fixmatch`, `pi_model` and `joint` denoise; `fixmatch_alone` and `supervised` do not.
+        algorithm: `fixmatch`, `pi_model`, `joint` and `acpl` denoise; `fixmatch_alone` and `supervised` do not.
 
     Returns:
         `joint` or `classify`.
@@ -206,8 +221,8 @@ def make_unlabelled_term(algorithm: str, multi_label: bool = False, threshold: f
     """The term of an algorithm by name.
 
     Args:
-        algorithm: `fixmatch`, `fixmatch_alone` or `pi_model`; `joint`: the denoising alone makes use of unlabelled
-            images; `supervised`: nothing does.
+        algorithm: `fixmatch`, `fixmatch_alone`, `pi_model` or `acpl`; `joint`: the denoising alone makes use of
+            unlabelled images; `supervised`: nothing does.
         multi_label: an image may have several labels.
         threshold: of FixMatch.
 
@@ -221,6 +236,8 @@ def make_unlabelled_term(algorithm: str, multi_label: bool = False, threshold: f
         raise ValueError(f"make_unlabelled_term: algorithm must be one of {ALGORITHMS}, got {algorithm!r}.")
     if algorithm in ("joint", "supervised"):
         return None
+    if algorithm == "acpl":
+        return PseudoLabelLoss(multi_label)
     return PiModelLoss(multi_label) if algorithm == "pi_model" else FixMatchLoss(threshold, multi_label)
 
 
@@ -254,7 +271,7 @@ class SemiSupervisedSettings:
     """Settings of a semi-supervised training.
 
     Args:
-        algorithm: `fixmatch`, `pi_model`, `joint`, `fixmatch_alone` or `supervised`.
+        algorithm: `fixmatch`, `pi_model`, `joint`, `acpl`, `fixmatch_alone` or `supervised`.
         learning_rate: of the network.
         head_learning_rate: of the head.
         classification_weight: alpha.

@@ -16,7 +16,7 @@ from __future__ import annotations
 from .adversarial import AdversarialStart
 from .atomic import atomic_save, atomic_write_text, sweep_partial_files
 from .best_model import BestModel
-from .checkpoint import ResumableCheckpoint
+from .checkpoint import ResumableCheckpoint, Stateful
 from .counterfactual import CounterfactualImages, CounterfactualWriter, read_counterfactual_records
 from .diffusion_classification import (
     DiffusionPredictionCollector,
@@ -31,6 +31,7 @@ from .group_schedules import GroupLearningRateSchedule
 from .image_writer import ImageWriter
 from .loss_terms import LossTerms
 from .predictions import PredictionCollector, Predictions
+from .pseudo_labels import PseudoLabelRound, PseudoLabelRounds
 from .sample_images import FixedNoiseSampler, SampleImages
 from .schedules import LearningRateSchedule, WeightSchedule
 from .stopping import EarlyStop, TimeLimit
@@ -55,8 +56,11 @@ __all__ = [
     "NonFiniteGuard",
     "PredictionCollector",
     "Predictions",
+    "PseudoLabelRound",
+    "PseudoLabelRounds",
     "ResumableCheckpoint",
     "SampleImages",
+    "Stateful",
     "TimeLimit",
     "WeightSchedule",
     "atomic_save",

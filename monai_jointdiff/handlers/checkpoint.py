@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from ignite.engine import Engine, Events
@@ -27,15 +27,35 @@ from .best_model import BestModel
 from .ema import ExponentialMovingAverage
 from .utils import is_writing_process, unwrap_network
 
-__all__ = ["ResumableCheckpoint"]
+__all__ = ["ResumableCheckpoint", "Stateful"]
+
+
+class Stateful(Protocol):
+    """A part of a run with a state of its own."""
+
+    def state_dict(self) -> Mapping[str, Any]:
+        """The state: tensors and plain values."""
+        ...
+
+    def load_state_dict(self, state_dict: Any) -> Any:
+        """Go on from a saved state.
+
+        Args:
+            state_dict: as of :meth:`state_dict`.
+
+        Returns:
+            anything; it is not looked at (a module of torch returns the keys that did not fit).
+        """
+        ...
 
 
 class ResumableCheckpoint:
     """Handler of a trainer: files from which a run goes on as if it had never stopped.
 
-    A file holds network, optimizer, average, best metric with its weights, and the iteration; it is read with
-    `torch.load(..., weights_only=True)`. Everything else in a run of this package is a function of the seed and the
-    iteration. On the CPU, with an equal number of threads, the resumed run ends bit for bit like the uninterrupted one.
+    A file holds network, optimizer, average, best metric with its weights, the iteration, and what else has a state
+    (pseudo-labels); it is read with `torch.load(..., weights_only=True)`. Everything else in a run of this package is a
+    function of the seed and the iteration. On the CPU, with an equal number of threads, the resumed run ends bit for
+    bit like the uninterrupted one.
 
     Files `checkpoint_<iteration>.pt` are written at the end of every epoch, after its validation, every `interval`
     iterations, and when the run is terminated (:class:`TimeLimit`). Each appears in one step, and its predecessors are
@@ -55,6 +75,7 @@ class ResumableCheckpoint:
         keep: number of files to keep, >= 1.
         resume: file to start from; None: from the beginning.
         options: what must be equal in the run that wrote `resume` and in this one, for example seed and batch size.
+        further: other parts with a state by name; their state dicts hold tensors and plain values only.
 
     Raises:
         ValueError: for an impossible interval or number of files; at the start of the run, if `resume` cannot be read,
@@ -72,6 +93,7 @@ class ResumableCheckpoint:
         keep: int = 2,
         resume: str | Path | None = None,
         options: Mapping[str, Any] | None = None,
+        further: Mapping[str, Stateful] | None = None,
     ) -> None:
         if interval is not None and interval < 1:
             raise ValueError(f"ResumableCheckpoint: interval must be >= 1 iteration or None, got {interval}.")
@@ -86,6 +108,7 @@ class ResumableCheckpoint:
         self.keep = keep
         self.resume = None if resume is None else Path(resume)
         self.options = dict(options or {})
+        self.further = dict(further or {})
         self._files: list[str] = []  # of this run, oldest first
         self._completed = 0  # iterations whose step and handlers are done
 
@@ -139,6 +162,8 @@ class ResumableCheckpoint:
                 self.ema.load_state_dict(content["ema"], iteration)
         except (RuntimeError, ValueError) as error:
             raise ValueError(f"ResumableCheckpoint: {path} does not fit this network: {error}") from error
+        for name, part in self.further.items():
+            part.load_state_dict(content["further"][name])
         if self.best is not None:
             self.best.load_state_dict(content["best"])
         self._files = content["files"] if path.resolve().parent == self.directory.resolve() else []
@@ -154,13 +179,14 @@ class ResumableCheckpoint:
             "best": None if self.best is None else self.best.state_dict(),
             "files": files,
             "options": self.options,
+            "further": {name: part.state_dict() for name, part in self.further.items()},
         }
 
     def _check_options(self, path: Path, content: dict[str, Any], epoch_length: int) -> None:
         saved = {"epoch_length": content["epoch_length"], **content["options"]}
         now = {"epoch_length": epoch_length, **self.options}
-        parts = {name: content[name] is not None for name in ("ema", "best")}
-        expected = {"ema": self.ema is not None, "best": self.best is not None}
+        parts = {name: content[name] is not None for name in ("ema", "best")} | dict.fromkeys(content["further"], True)
+        expected = {"ema": self.ema is not None, "best": self.best is not None} | dict.fromkeys(self.further, True)
         was, is_ = {**saved, **parts}, {**now, **expected}
         differing = sorted(name for name in {*was, *is_} if was.get(name) != is_.get(name))
         if differing:
@@ -215,4 +241,5 @@ def _read_checkpoint(path: Path) -> dict[str, Any]:
     keys = {"iteration", "epoch_length", "network", "optimizer", "ema", "best", "files", "options"}
     if not isinstance(content, dict) or not keys <= set(content):
         raise ValueError(f"ResumableCheckpoint: {path} is no checkpoint of a run; it may hold weights only.")
+    content.setdefault("further", {})  # files written before there were further parts
     return content

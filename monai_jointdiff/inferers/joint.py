@@ -22,7 +22,7 @@ from monai.inferers import Inferer
 from monai.utils import optional_import
 from torch import nn
 
-from monai_jointdiff.networks import JointOutput
+from monai_jointdiff.networks import HeadFeatures, JointOutput
 
 from .chain import ReverseChain
 from .denoiser import (
@@ -93,6 +93,7 @@ class JointDiffusionInferer(Inferer):
     ``inferer(x, network, noise, timesteps)``                        prediction (N, C, *spatial) for the noisy x
     ``inferer(x, network, noise, timesteps, clean=x_0)``             :py:class:`JointOutput`, for training
     ``inferer.classify(x, network)``                                 logits (N, K), in evaluation mode
+    ``inferer.features(x, network)``                                 :py:class:`HeadFeatures`, in evaluation mode
     ``inferer.sample(noise, network, scheduler)``                    :py:class:`SampleResult`
     ================================================================ =================================================
 
@@ -204,6 +205,25 @@ class JointDiffusionInferer(Inferer):
         """
         with evaluation_mode(network):
             return classify(self.space.encode(plain(inputs)), without_ddp(network), self.autocast_dtype)
+
+    @torch.no_grad()
+    def features(self, inputs: torch.Tensor, network: nn.Module) -> HeadFeatures:
+        """What the last layer of the head sees of clean images, and the logits, by the encoder alone.
+
+        The network runs in evaluation mode and gets its mode back.
+
+        Args:
+            inputs: images (N, C, *spatial) in [-1, 1].
+            network: the joint network.
+
+        Returns:
+            Features (N, F) and logits (N, K), float32, without gradients.
+        """
+        bare: Any = without_ddp(network)
+        images = self.space.encode(plain(inputs))
+        with evaluation_mode(network), autocast(images, self.autocast_dtype):
+            found = bare.features(images)
+        return HeadFeatures(at_least_float32(found.features), at_least_float32(found.logits))
 
     @torch.no_grad()
     def sample(

@@ -17,6 +17,7 @@ from .autoencoder import AutoencoderLoss, kl_to_standard_normal
 from .fixmatch import FixMatchLoss
 from .joint_diffusion import JointDiffusionLoss
 from .pi_model import PiModelLoss
+from .pseudo_label import PseudoLabelLoss
 from .semi_supervised import SemiSupervisedLoss, UnlabelledSums, UnlabelledTerm
 from .weights import favero_weight, min_snr_weight
 
@@ -25,6 +26,7 @@ __all__ = [
     "FixMatchLoss",
     "JointDiffusionLoss",
     "PiModelLoss",
+    "PseudoLabelLoss",
     "SemiSupervisedLoss",
     "UnlabelledSums",
     "UnlabelledTerm",

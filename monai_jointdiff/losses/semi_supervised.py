@@ -26,6 +26,9 @@ from .joint_diffusion import JointDiffusionLoss
 __all__ = ["SemiSupervisedLoss", "UnlabelledSums", "UnlabelledTerm"]
 
 
+PSEUDO = ("pseudo_label", "pseudo_weight")
+
+
 @dataclass(frozen=True)
 class UnlabelledSums:
     """What a term for unlabelled images sums over the images of one process; the loss divides, over all processes.
@@ -56,6 +59,9 @@ class UnlabelledTerm(Protocol):
 
     def __call__(self, logits: Sequence[Tensor]) -> UnlabelledSums:
         """Compare the views.
+
+        A term that learns from pseudo-labels (:class:`PseudoLabelLoss`) takes them as keywords, too: `pseudo_label`
+        (U, K) and `pseudo_weight` (U,), which it is given where the targets hold them.
 
         Args:
             logits: for each view (U, K), of the same U images; U may be 0.
@@ -112,8 +118,9 @@ class SemiSupervisedLoss(JointDiffusionLoss):
             output: as of :class:`JointDiffusionLoss`.
             targets: as of :class:`JointDiffusionLoss`, the label -1 in rows of unlabelled images; and `view`: (M,)
                 int64, of each row of the logits the number of the view among the term's, -1 for labelled images; and,
-                with a teacher, `teacher_logits`: (U, K), of the first view. Without `view`, as in validation, it is
-                the objective of :class:`JointDiffusionLoss`.
+                with a teacher, `teacher_logits`: (U, K), of the first view; with pseudo-labels, `pseudo_label` (U, K)
+                and `pseudo_weight` (U,). Without `view`, as in validation, it is the objective of
+                :class:`JointDiffusionLoss`.
 
         Returns:
             scalar, with a gradient for every parameter the output depends on.
@@ -125,7 +132,8 @@ class SemiSupervisedLoss(JointDiffusionLoss):
         logits = output if isinstance(output, Tensor) else output[0]
         if self.term is None or "view" not in targets or logits is None:
             return total
-        sums = self.term(self._views(logits, targets))
+        pseudo: dict[str, Any] = {name: targets[name] for name in PSEUDO if name in targets}
+        sums = self.term(self._views(logits, targets), **pseudo)
         count, processes = sums.count.detach().clone().to(logits), 1
         if logits.requires_grad and dist.is_available() and dist.is_initialized():
             dist.all_reduce(count)

@@ -12,7 +12,15 @@
 
 from __future__ import annotations
 
-from .heads import HEADS, ClassifierHead, FeatureStandardization
+from .heads import HEADS, ClassifierHead, FeatureStandardization, HeadFeatures
 from .joint_diffusion_unet import EncoderFeatures, JointDiffusionUNet, JointOutput
 
-__all__ = ["HEADS", "ClassifierHead", "EncoderFeatures", "FeatureStandardization", "JointDiffusionUNet", "JointOutput"]
+__all__ = [
+    "HEADS",
+    "ClassifierHead",
+    "EncoderFeatures",
+    "FeatureStandardization",
+    "HeadFeatures",
+    "JointDiffusionUNet",
+    "JointOutput",
+]

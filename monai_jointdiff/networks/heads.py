@@ -13,18 +13,31 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.nn.functional import all_reduce
 
-__all__ = ["HEADS", "ClassifierHead", "FeatureStandardization"]
+__all__ = ["HEADS", "ClassifierHead", "FeatureStandardization", "HeadFeatures"]
 
 HEADS = ("standardized", "mediffusion", "jointdiffusion", "linear")
 
 # Dropout probability and hidden width of the published heads; the width 0 stands for half of the input width.
 _DEFAULTS = {"standardized": (0.2, 128), "mediffusion": (0.3, 1024), "jointdiffusion": (0.7, 0), "linear": (0.0, 0)}
+
+
+class HeadFeatures(NamedTuple):
+    """What the last layer of a head sees, and what it says.
+
+    Attributes:
+        features: (N, F) penultimate features: of the hidden layer, of the variant ``linear`` the pooled maps.
+        logits: logits (N, K).
+    """
+
+    features: torch.Tensor
+    logits: torch.Tensor
 
 
 class FeatureStandardization(nn.Module):
@@ -170,15 +183,36 @@ class ClassifierHead(nn.Module):
         Raises:
             ValueError: when the number of maps is not the one of the constructor.
         """
+        z = self._pool(maps)
+        with torch.autocast(z.device.type, enabled=False):
+            logits: torch.Tensor = self.layers(z)
+        return logits
+
+    def features(self, maps: Sequence[torch.Tensor]) -> HeadFeatures:
+        """Classifies, and tells what the last layer sees.
+
+        Args:
+            maps: as of :py:meth:`forward`.
+
+        Returns:
+            Penultimate features and logits.
+
+        Raises:
+            ValueError: when the number of maps is not the one of the constructor.
+        """
+        z = self._pool(maps)
+        with torch.autocast(z.device.type, enabled=False):
+            features: torch.Tensor = self.layers[:-1](z)
+            return HeadFeatures(features, self.layers[-1](features))
+
+    def _pool(self, maps: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The pooled maps (N, d), or (N, 2 d) with the maxima, in the precision of the weights."""
         if len(maps) != self.num_maps:
             raise ValueError(f"ClassifierHead: got {len(maps)} feature maps, expected {self.num_maps}.")
         pooled = [global_average(x) for x in maps]
         if self.with_maximum:
             pooled += [x.flatten(2).amax(dim=2).to(z.dtype) for x, z in zip(maps, pooled, strict=True)]
-        z = torch.cat(pooled, dim=1)  # (N, d), or (N, 2 d) with the maxima
-        with torch.autocast(z.device.type, enabled=False):
-            logits: torch.Tensor = self.layers(z.to(next(self.parameters()).dtype))
-        return logits
+        return torch.cat(pooled, dim=1).to(next(self.parameters()).dtype)
 
 
 def global_average(x: torch.Tensor) -> torch.Tensor:

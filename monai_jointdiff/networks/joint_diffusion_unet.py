@@ -35,7 +35,7 @@ from .blocks import (
     UpsampleConvolution,
     UpStage,
 )
-from .heads import ClassifierHead
+from .heads import ClassifierHead, HeadFeatures
 
 __all__ = ["EncoderFeatures", "JointDiffusionUNet", "JointOutput"]
 
@@ -376,6 +376,11 @@ class JointDiffusionUNet(DiffusionModelUNet):
     def classify(self, x: torch.Tensor) -> torch.Tensor:
         """Logits (N, K) of clean images (N, C, *spatial): timestep 0, null class, encoder only."""
         return self.head(self.encode(x, x.new_zeros(1)))
+
+    def features(self, x: torch.Tensor) -> HeadFeatures:
+        """Penultimate features of the head (N, F), and logits (N, K), of clean images as in :py:meth:`classify`."""
+        encoded = self.encode(x, x.new_zeros(1))
+        return self.classifier.features([*encoded.skips, encoded.middle])
 
     def _encode(self, x: torch.Tensor, emb: torch.Tensor, context: torch.Tensor | None) -> EncoderFeatures:
         h = self.conv_in(x)

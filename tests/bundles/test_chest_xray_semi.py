@@ -136,6 +136,21 @@ class TestTraining(unittest.TestCase):
         self.assertLessEqual({"metrics.json", "labelled.txt"}, written)
         self.assertNotIn("training", written)
 
+    def test_rounds_of_pseudo_labels(self) -> None:
+        folder = TEMPORARY / "rounds"
+        options = {"algorithm": "acpl", "num_labels": 6, "num_samples": 0, "picture_interval": 9, "neighbours": 3}
+        runs.train(folder, config_file=[TRAIN, SEMI], **{**PHANTOMS, **options})
+        state = checkpoint(folder)
+        self.assertEqual(state["options"]["rounds"], ["AntiCurriculumPseudoLabeller", 1, 1, 3])
+        table = state["further"]["pseudo_labels"]
+        given = table["weights"] > 0
+        self.assertTrue(0 < int(given.sum()) <= 18)
+        torch.testing.assert_close(table["probabilities"].sum(dim=1), given.float())
+        train_part = open_source(image_size=16, phantom_counts=PHANTOMS["source#phantom_counts"]).part("train")
+        labelled = choose_labelled([item["label"] for item in train_part], 6)
+        self.assertFalse(bool(given[list(labelled)].any()))  # what has a label needs none
+        self.assertTrue((folder / "output" / "metrics.json").is_file())
+
     def test_other_labels_are_another_run(self) -> None:
         with self.assertRaises((ValueError, RuntimeError)) as caught:
             train(TEMPORARY / "other", num_labels=7, resume=str(TRAINED / "models" / "checkpoint_00000003.pt"))
@@ -157,6 +172,8 @@ class TestConfiguration(unittest.TestCase):
             self.assertIsInstance(loss.term, FixMatchLoss)
             self.assertIsInstance(prepare, SemiSupervisedPrepareBatch)
             self.assertEqual((prepare.views, prepare.teacher, prepare.noisy), (loss.term.views, None, "unlabelled"))
+            found = (prepare.pseudo_labels, parser.get_parsed_content("checkpoint").further)
+            self.assertEqual(found, (None, {}))
             self.assertEqual(parser.get_parsed_content("head_learning_rate"), 0.01)  # follows the other one
             validation = parser.get_parsed_content("validate#key_metric#val_loss")._loss_fn
             loss.classification_weight = 0.0  # as in iterations without the term
@@ -188,6 +205,17 @@ class TestConfiguration(unittest.TestCase):
             )
         self.assertEqual((prepare.views, prepare.noisy, prepare.class_conditional), ((), "all", True))
         self.assertEqual(len(views.transforms), 1)
+
+    def test_a_labeller_of_ones_own(self) -> None:
+        labeller = {"_target_": "tests.handlers.test_pseudo_labels.MostConfident", "number": 4}
+        parser = self.parser(algorithm="acpl", labeller=labeller, round_start=2, round_every=3)
+        with working_directory(ROOT):
+            rounds = parser.get_parsed_content(f"train#handlers#{len(parser['train#handlers']) - 2}")
+            prepare, saved = (parser.get_parsed_content(key) for key in ("train#prepare_batch", "checkpoint"))
+        self.assertEqual((rounds.labeller.number, rounds.start, rounds.every), (4, 2, 3))
+        self.assertIs(rounds.table, prepare.pseudo_labels)
+        self.assertIs(rounds.table, saved.further["pseudo_labels"])
+        self.assertEqual(saved.options["rounds"], ["MostConfident", 2, 3, None])
 
     @parameterized.expand([("fixmatch", "SampleImages", False), ("fixmatch_alone", "SampleImages", True)])
     def test_pictures_of_samples_only_where_there_is_a_denoiser(self, algorithm: str, name: str, off: bool) -> None:
@@ -224,6 +252,10 @@ class TestConfiguration(unittest.TestCase):
 
 
 class TestOtherBundle(unittest.TestCase):
+    def test_overlays_are_the_same(self) -> None:
+        one, other = (ROOT / "bundles" / name / "configs" / "train_semi.json" for name in ("chest_xray", "skin_lesion"))
+        self.assertEqual(one.read_text(), other.read_text())
+
     def test_views_of_skin_are_mirrored_as_its_training_does(self) -> None:
         parser = monai.bundle.ConfigParser()
         with working_directory(ROOT):

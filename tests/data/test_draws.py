@@ -228,6 +228,14 @@ class TestDrawDataset(unittest.TestCase):
             torch.testing.assert_close(shown["image"], items()[order(draw)]["image"], rtol=0, atol=0)
         self.assertEqual(len(data), COUNT)
 
+    def test_undisturbed_items_by_index(self) -> None:
+        for cache in (True, False):
+            data = dataset(cache=cache)
+            for index in (0, COUNT - 1):
+                shown = data.undisturbed(index)
+                torch.testing.assert_close(shown["image"], items()[index]["image"], rtol=0, atol=0)
+                self.assertNotIn("draw", shown)
+
     @parameterized.expand([(2,), (3,)])
     def test_random_transforms_replay_per_draw(self, spatial_dims: int) -> None:
         one, two = dataset(spatial_dims), dataset(spatial_dims, cache=False)

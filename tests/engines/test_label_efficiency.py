@@ -181,7 +181,7 @@ class TestStudy(unittest.TestCase):
             ({"counts": [20, 20]}, "counts must be a list of different ones"),
             ({"counts": [0]}, "whole numbers >= 1"),
             ({"algorithms": "joint"}, "algorithms must be a list"),
-            ({"algorithms": ["mixmatch"]}, "among fixmatch, pi_model, joint, fixmatch_alone, supervised"),
+            ({"algorithms": ["mixmatch"]}, "among fixmatch, pi_model, joint, acpl, fixmatch_alone, supervised"),
             ({"label_seeds": [0.5]}, "label_seeds must be a list .*whole numbers >= 0"),
             ({"options": {"num_labels": 5, "resume": "x"}}, "the study sets num_labels, resume itself"),
             ({"options": {"device": Path()}}, "options must be plain values"),

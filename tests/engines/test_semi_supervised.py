@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -31,7 +32,14 @@ from monai.engines import SupervisedTrainer
 from parameterized import parameterized
 from torch import Tensor, nn
 
-from monai_jointdiff.data import DrawBatchSampler, DrawDataset, TwoStreamOrder
+from monai_jointdiff.data import (
+    AntiCurriculumPseudoLabeller,
+    DrawBatchSampler,
+    DrawDataset,
+    PseudoLabels,
+    PseudoLabelTable,
+    TwoStreamOrder,
+)
 from monai_jointdiff.engines import (
     PRESETS,
     JointPrepareBatch,
@@ -46,11 +54,12 @@ from monai_jointdiff.handlers import (
     DeterministicDraws,
     ExponentialMovingAverage,
     GroupLearningRateSchedule,
+    PseudoLabelRounds,
     ResumableCheckpoint,
     WeightSchedule,
 )
 from monai_jointdiff.inferers import JointDiffusionInferer
-from monai_jointdiff.losses import FixMatchLoss, PiModelLoss, SemiSupervisedLoss, UnlabelledTerm
+from monai_jointdiff.losses import FixMatchLoss, PiModelLoss, PseudoLabelLoss, SemiSupervisedLoss, UnlabelledTerm
 from monai_jointdiff.networks import HEADS, ClassifierHead, JointDiffusionUNet
 from monai_jointdiff.schedulers import make_scheduler
 from monai_jointdiff.transforms import ClassificationAugmentation
@@ -139,6 +148,31 @@ class TestPrepareBatch(unittest.TestCase):
         self.assertEqual(found.targets["teacher_logits"].tolist(), [[11.0] * 3, [12.0] * 3])
         self.assertEqual((teacher.asked, teacher.training), ([(False, False)], True))
 
+    @parameterized.expand([("all",), ("unlabelled",)])
+    def test_pseudo_labels_of_the_images_that_the_draws_show(self, noisy: str) -> None:
+        order = TwoStreamOrder(LABELS, 5, 3)
+        table = PseudoLabelTable(LABELS, 3, order)
+        count = len(table.waiting())
+        q = np.random.default_rng(0).dirichlet(np.ones(3), size=count)
+        weights = np.arange(count) % 3 / 2.0
+        table.add(table.waiting(), PseudoLabels(q, weights, np.zeros(count, dtype=bool)))
+        draws = torch.arange(40, 48)
+        data = batch([LABELS[order(int(draw))] for draw in draws])
+        found = prepare(views=("image_cls",), pseudo_labels=table, noisy=noisy)(data, "cpu")
+        images = [order(int(draw)) for draw in draws]
+        hidden = [n for n, image in enumerate(images) if LABELS[image] < 0]
+        self.assertEqual(shown(found.kwargs["clean"])[2:], [10 + n for n in hidden])
+        for row, n in enumerate(hidden):
+            torch.testing.assert_close(found.targets["pseudo_label"][row], table.probabilities[images[n]])
+            self.assertEqual(found.targets["pseudo_weight"][row], table.weights[images[n]])
+        self.assertGreater(len(set(found.targets["pseudo_weight"].tolist())), 1)
+
+    @parameterized.expand([((), None, "and no teacher"), (("image_cls",), nn.Identity(), "and a teacher")])
+    def test_pseudo_labels_need_a_view_and_no_teacher(self, views: tuple, teacher: Any, message: str) -> None:
+        table = PseudoLabelTable(LABELS, 3, TwoStreamOrder(LABELS, 5, 3))
+        with self.assertRaisesRegex(ValueError, f"SemiSupervisedPrepareBatch: pseudo-labels need a view .*{message}"):
+            prepare(views=views, teacher=teacher, pseudo_labels=table)
+
     def test_several_labels(self) -> None:
         found = prepare(views=("image_cls",))(batch(multi_label=True), "cpu")
         self.assertEqual(found.targets["label"].tolist(), [[1, -1], [0, -1], [-1, -1], [-1, -1]])
@@ -192,6 +226,11 @@ class TestParts(unittest.TestCase):
             item = view_transforms(ClassificationAugmentation(dims), term.views).set_random_state(0)({"image": image})
             self.assertEqual(set(item), {"image", *term.views})
             self.assertGreater(float((item[term.views[0]] - item[term.views[1]]).abs().max()), 0.01)
+
+    def test_rounds_ask_for_the_weak_view_alone(self) -> None:
+        term = make_unlabelled_term("acpl", multi_label=True)
+        self.assertIsInstance(term, PseudoLabelLoss)
+        self.assertEqual((term.multi_label, term.views, task_of("acpl")), (True, ("image_cls",), "joint"))
 
     def test_joint_has_no_term_and_the_weak_view_alone(self) -> None:
         self.assertIsNone(make_unlabelled_term("joint"))
@@ -255,6 +294,7 @@ class Run:
         more_handlers: Sequence[Any] = (),
         num_workers: int = 0,
         options: dict[str, Any] | None = None,
+        rounds: bool = False,
     ) -> None:
         scheduler = make_scheduler("ddim")
         self.base: JointDiffusionUNet = small_network(dropout).to(dtype)
@@ -262,11 +302,18 @@ class Run:
         self.optimizer = torch.optim.AdamW(parameter_groups(self.base, 0.1), lr=1.0)
         self.ema = ExponentialMovingAverage(network, 0.9)
         self.loss = SemiSupervisedLoss(term, classification_weight=0.5)
-        self.checkpoint = ResumableCheckpoint(folder, network, self.optimizer, self.ema, interval=1, resume=resume)
         views = () if term is None else term.views
         order = TwoStreamOrder(LABELS, 5, 3, batch_size=8 // world_size)
         dataset = DrawDataset(items(LABELS), dict, view_transforms(ClassificationAugmentation(2, 0.5), views), order, 5)
+        self.table = PseudoLabelTable(LABELS, 3, order) if rounds else None
+        further = {"pseudo_labels": self.table} if self.table else None
+        self.checkpoint = ResumableCheckpoint(
+            folder, network, self.optimizer, self.ema, interval=1, resume=resume, further=further
+        )
         sampler = DrawBatchSampler(8 // world_size, 3, rank, world_size)
+        labeller, inferer = AntiCurriculumPseudoLabeller(3), JointDiffusionInferer(scheduler)
+        looking = [self.table] if self.table else []
+        self.rounds = [PseudoLabelRounds(labeller, one, dataset, self.ema.ema_model, inferer) for one in looking]
         self.gradients: dict[str, Tensor] = {}
         self.labels: list[list[int]] = []
         self.rates: list[list[float]] = []
@@ -279,9 +326,14 @@ class Run:
             optimizer=self.optimizer,
             loss_function=self.loss,
             prepare_batch=SemiSupervisedPrepareBatch(
-                scheduler, 5, views, self.ema.ema_model if taught else None, **(options or {})
+                scheduler,
+                5,
+                views,
+                self.ema.ema_model if taught else None,
+                pseudo_labels=self.table,
+                **(options or {}),
             ),
-            inferer=JointDiffusionInferer(scheduler),
+            inferer=inferer,
             to_kwargs={"dtype": dtype},
             decollate=False,
             train_handlers=[
@@ -291,6 +343,7 @@ class Run:
                 GroupLearningRateSchedule(self.optimizer, 3e-3, 6, 2),
                 WeightSchedule(self.loss, 0.5, start=1 if dropout else 0, every=2 if dropout else 1),
                 *([] if options else [Recorder(self.base, self.gradients, self.labels)]),
+                *self.rounds,
                 *more_handlers,
             ],
         )
@@ -343,6 +396,25 @@ class TestTraining(unittest.TestCase):
             expected = terms["diffusion"] + alpha * (terms["classification"] + terms["unlabelled"])
             self.assertAlmostEqual(terms["total"], expected, places=5)
         self.assertTrue(any(0 < terms["pseudo_label_rate"] < 1 for terms in whole.terms), whole.terms)
+
+    def test_resumed_run_goes_on_with_its_pseudo_labels(self) -> None:
+        """Stopped after the round between the two epochs; the pseudo-labels are among what the checkpoint restores."""
+        whole = Run(self.folder(), PseudoLabelLoss(), rounds=True)
+        whole.trainer.run()
+        folder = self.folder()
+        Run(folder, PseudoLabelLoss(), rounds=True, more_handlers=[Stop(4)]).trainer.run()
+        resumed = Run(folder, PseudoLabelLoss(), rounds=True, resume=folder / "checkpoint_00000004.pt", num_workers=1)
+        resumed.trainer.run()
+        parts = ((whole.base, resumed.base), (whole.ema, resumed.ema), (whole.table, resumed.table))
+        for one, other in parts:
+            torch.testing.assert_close(one.state_dict(), other.state_dict(), rtol=0, atol=0)
+        self.assertEqual(whole.terms[4:], resumed.terms)
+        rates = [terms["pseudo_label_rate"] for terms in whole.terms]
+        self.assertEqual(rates[:3], [0.0] * 3)
+        self.assertTrue(any(rate > 0 for rate in rates[4:]), rates)
+        last = whole.rounds[0].last
+        self.assertEqual((last.epoch, last.new), (1, int((whole.table.weights > 0).sum())))
+        self.assertIsNone(resumed.rounds[0].last)  # it was restored, not made again
 
     @parameterized.expand([("joint",), ("pi_model",), ("fixmatch_alone",), ("supervised",)])
     def test_algorithms_and_controls_train(self, algorithm: str) -> None:

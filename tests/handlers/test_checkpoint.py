@@ -111,6 +111,36 @@ class TestResumableCheckpoint(unittest.TestCase):
         resumed = Toy(self.folder, resume=self.folder / f"checkpoint_{expected:08d}.pt").run()
         self.assertEqual((resumed.weight, resumed.engine.state.epoch, resumed.engine.state.iteration), (12, 3, 12))
 
+    def test_further_parts(self):
+        class Counter:
+            def __init__(self) -> None:
+                self.count = torch.zeros(2)
+
+            def state_dict(self):
+                return {"count": self.count}
+
+            def load_state_dict(self, state_dict):
+                self.count.copy_(state_dict["count"])
+
+        part = Counter()
+        toy = Toy(self.folder, further={"counter": part})
+        toy.engine.add_event_handler(Events.EPOCH_COMPLETED(once=1), lambda: part.count.fill_(7))
+        toy.run()
+        other = Counter()
+        file = self.folder / "checkpoint_00000012.pt"
+        Toy(self.folder, resume=file, further={"counter": other}).run()
+        self.assertEqual(other.count.tolist(), [7, 7])
+        with self.assertRaisesRegex(ValueError, "counter was True, is None"):
+            Toy(self.folder, resume=file).run()
+
+    def test_file_from_before_there_were_further_parts(self):
+        Toy(self.folder).run()
+        file = self.folder / "checkpoint_00000012.pt"
+        content = torch.load(file, weights_only=True)
+        del content["further"]
+        atomic_save(content, file)
+        self.assertEqual(Toy(self.folder, resume=file).run().weight, 12)
+
     def test_nothing_is_saved_where_a_run_cannot_go_on(self):
         # terminated by a foreign handler at the last iteration of an epoch: ignite skips EPOCH_COMPLETED
         toy = Toy(self.folder, interval=4)

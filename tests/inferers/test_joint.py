@@ -100,6 +100,16 @@ class TestForward(unittest.TestCase):
         net.eval()
         torch.testing.assert_close(self.inferer(x, net), expected)
 
+    @parameterized.expand(DIMS)
+    def test_features_of_the_head(self, _: str, dims: int) -> None:
+        net = tiny_unet(dims, dropout=0.5).train()
+        x = randn(3, 1, *SIZES[dims])
+        features, logits = self.inferer.features(x, net)
+        last = net.classifier.layers[-1]
+        self.assertEqual((features.shape, net.training, logits.requires_grad), ((3, last.in_features), True, False))
+        torch.testing.assert_close(features @ last.weight.T + last.bias, logits)
+        torch.testing.assert_close(logits, self.inferer.classify(x, net), rtol=0, atol=0)
+
     def test_gradients_follow_the_caller(self) -> None:
         net, x = tiny_unet(), randn(2, 1, 8, 8)
         self.assertTrue(self.inferer.classify(x, net).requires_grad)

@@ -136,6 +136,12 @@ class TestHalving(unittest.TestCase):
         for a, b in zip(ours.intermediates, theirs.intermediates, strict=True):
             torch.testing.assert_close(a, decoded(b))
 
+    def test_features_are_those_of_the_latents(self) -> None:
+        x, net = images(2, factor=2), tiny_unet()
+        features, logits = self.inferer.features(x, net)
+        torch.testing.assert_close(logits, self.inferer.classify(x, net), rtol=0, atol=0)
+        self.assertEqual(len(features), len(x))
+
     def test_gradients_of_a_classification_reach_the_image(self) -> None:
         x = images(2, factor=2).requires_grad_()
         self.inferer.classify(x, tiny_unet()).sum().backward()

@@ -22,7 +22,14 @@ import torch.nn.functional as F
 from parameterized import parameterized
 from torch import Tensor
 
-from monai_jointdiff.losses import FixMatchLoss, JointDiffusionLoss, PiModelLoss, SemiSupervisedLoss, UnlabelledSums
+from monai_jointdiff.losses import (
+    FixMatchLoss,
+    JointDiffusionLoss,
+    PiModelLoss,
+    PseudoLabelLoss,
+    SemiSupervisedLoss,
+    UnlabelledSums,
+)
 
 LOSSES = "monai_jointdiff.losses.semi_supervised"
 
@@ -104,6 +111,55 @@ class TestPiModel(unittest.TestCase):
     def test_equal_views_cost_nothing(self) -> None:
         logits = normal(5, 3)
         self.assertEqual(float(PiModelLoss()([logits, logits]).loss), 0.0)
+
+
+class TestPseudoLabels(unittest.TestCase):
+    def test_by_hand(self) -> None:
+        logits, q = normal(6, 3), normal(6, 3, seed=1).softmax(dim=1).detach()
+        w = torch.tensor([1.0, 0.0, 0.5, 0.0, 1.0, 2.0])
+        sums = PseudoLabelLoss()([logits], pseudo_label=q, pseudo_weight=w)
+        expected = 0.0
+        for one, label, weight in zip(logits.tolist(), q.tolist(), w.tolist(), strict=True):
+            total = sum(map(math.exp, one))
+            expected -= weight * sum(p * math.log(math.exp(x) / total) for x, p in zip(one, label, strict=True))
+        self.assertAlmostEqual(sums.loss.item(), expected, places=9)
+        self.assertEqual((int(sums.count), int(sums.reported["pseudo_label_rate"])), (6, 4))
+        sums.loss.backward()
+        self.assertEqual((logits.grad.abs().sum(dim=1) > 0).tolist(), (w > 0).tolist())
+
+    def test_several_labels_by_hand(self) -> None:
+        logits, q, w = normal(4, 3), normal(4, 3, seed=1).sigmoid().detach(), torch.tensor([1.0, 0.0, 0.5, 1.0])
+        sums = PseudoLabelLoss(multi_label=True)([logits], pseudo_label=q, pseudo_weight=w)
+        p = logits.sigmoid()
+        expected = -(w[:, None] * (q * p.log() + (1 - q) * (1 - p).log())).sum()
+        torch.testing.assert_close(sums.loss, expected)
+        self.assertEqual((int(sums.count), int(sums.reported["pseudo_label_rate"])), (12, 9))
+
+    def test_hard_pseudo_labels_are_labels(self) -> None:
+        """With one for each unlabelled image the term is the cross-entropy of these labels."""
+        output, targets = joint_case(views=1)
+        hidden = torch.tensor([2, 1, 0, 0, 1, 2])
+        loss = SemiSupervisedLoss(PseudoLabelLoss(), classification_weight=0.3)
+        pseudo = {"pseudo_label": F.one_hot(hidden, 3).double(), "pseudo_weight": torch.ones(6)}
+        total = loss(output, {**targets, **pseudo})
+        expected = F.cross_entropy(output[0][2:], hidden)
+        torch.testing.assert_close(loss.terms["unlabelled"], expected.detach())
+        rest = loss.terms["diffusion"] + 0.3 * loss.terms["classification"]
+        torch.testing.assert_close(total.detach(), rest + 0.3 * expected.detach())
+        self.assertEqual(float(loss.terms["pseudo_label_rate"]), 1.0)
+
+    def test_nothing_before_the_first_round(self) -> None:
+        (logits, prediction), targets = joint_case(views=1)
+        loss = SemiSupervisedLoss(PseudoLabelLoss())
+        loss((logits, prediction), {**targets, "pseudo_label": torch.zeros(6, 3), "pseudo_weight": torch.zeros(6)})
+        self.assertEqual((float(loss.terms["unlabelled"]), float(loss.terms["pseudo_label_rate"])), (0.0, 0.0))
+
+    def test_wrong_input(self) -> None:
+        output, targets = joint_case(views=1)
+        with self.assertRaisesRegex(ValueError, "PseudoLabelLoss: the targets hold no pseudo-labels; give"):
+            SemiSupervisedLoss(PseudoLabelLoss())(output, targets)
+        with self.assertRaisesRegex(ValueError, r"pseudo-labels of logits \(6, 3\) .* got \(6, 2\) and \(6,\)"):
+            PseudoLabelLoss()([normal(6, 3)], torch.zeros(6, 2), torch.zeros(6))
 
 
 class TestSemiSupervisedLoss(unittest.TestCase):

@@ -50,6 +50,19 @@ class TestClassifierHead(unittest.TestCase):
         torch.testing.assert_close(logits, head([constant(a, 3, 5, 2), constant(b, 2, 1, 7)]))
         torch.testing.assert_close(logits[2:3], head([constant(a[2:3], 8, 8), constant(b[2:3], 4, 4)]))
 
+    @parameterized.expand([(name,) for name in HEADS])
+    def test_features_are_what_the_last_layer_sees(self, variant):
+        torch.manual_seed(0)
+        head = ClassifierHead((8, 16), 3, variant).eval()
+        maps = [torch.randn(5, 8, 4, 4), torch.randn(5, 16, 2, 2)]
+        features, logits = head.features(maps)
+        last = head.layers[-1]
+        self.assertEqual(features.shape, (5, last.in_features))
+        torch.testing.assert_close(features @ last.weight.T + last.bias, logits)
+        torch.testing.assert_close(logits, head(maps), rtol=0, atol=0)
+        with self.assertRaisesRegex(ValueError, "ClassifierHead: got 1 feature maps, expected 2"):
+            head.features(maps[:1])
+
     def test_standardization_equals_batch_normalization(self):
         torch.manual_seed(0)
         ours, reference = FeatureStandardization(6).double(), nn.BatchNorm1d(6).double()
