@@ -78,13 +78,6 @@ STUDIES = {
 }
 NETWORK = {"network_def#channels": [16, 32, 64], "network_def#num_head_channels": 16}
 TARGETS = {"ham10000_28": 0.05, "pneumoniamnist_28": 0.97}  # points of balanced accuracy; share of the all-label AUC
-ALONE = {  # what the overlay sets for `supervised`, where all images have a label and there is no overlay
-    "train#prepare_batch#task": "classify",
-    "validate#prepare_batch#task": "classify",
-    "validate#additional_metrics#val_auc#output_transform": "$lambda out: (out['pred'], out['label']['label'])",
-    "validate#additional_metrics#val_denoising#_disabled_": True,
-    "train#handlers#7#_disabled_": True,  # pictures of samples
-}
 
 
 def options_of(data: str, seed: int, epochs: int) -> dict[str, Any]:
@@ -113,7 +106,7 @@ def with_all(data: str, algorithm: str, folder: Path, options: Mapping[str, Any]
         "num_samples": 0,
         "counterfactual_pictures": 0,
         "progress": False,
-        **(ALONE if algorithm == "supervised" else {}),
+        "task": "classify" if algorithm == "supervised" else "joint",
     }
     config = f"bundles/{STUDIES[data].bundle}/configs/train.json"
     command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", config]

@@ -54,20 +54,7 @@ from monai_jointdiff.metrics import frechet_distance, kernel_distance
 DATA = "pneumoniamnist_28"
 EPOCHS = 6
 METHODS = ("joint", "classifier", "denoiser")
-CONTROLS: dict[str, dict[str, Any]] = {
-    "joint": {},
-    "classifier": {
-        "train#prepare_batch#task": "classify",
-        "validate#prepare_batch#task": "classify",
-        "validate#additional_metrics": "$dict()",
-    },
-    "denoiser": {
-        "train#prepare_batch#task": "denoise",
-        "validate#prepare_batch#task": "denoise",
-        "validate#additional_metrics": "$dict()",
-        "classify": False,
-    },
-}
+TASKS = {"joint": "joint", "classifier": "classify", "denoiser": "denoise"}
 SEEDS = (0, 1, 2)
 MARGINS = {"auc": 0.005, "accuracy": 0.01, "denoising_mse": 0.03, "frechet": 0.10}  # the last two relative
 STEPS = 20  # of DPM-Solver++
@@ -86,7 +73,7 @@ def train(cell: Cell, folder: Path, epochs: int) -> float:
         "preflight": False,
         "num_samples": 0,
         "counterfactual_pictures": 0,
-        **CONTROLS[cell.method],
+        "task": TASKS[cell.method],
     }
     if epochs == 1:
         options["train#epoch_length"] = 10

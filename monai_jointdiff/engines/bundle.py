@@ -21,9 +21,11 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from monai_jointdiff.data import BalancedOrder, DrawOrder, ImageSource, ShuffledOrder
+from monai_jointdiff.engines.prepare_batch import TASKS
 
 __all__ = [
     "PretrainedReport",
@@ -162,6 +164,7 @@ def check_options(
     amp: bool = False,
     compile: bool = False,
     balance: str = "none",
+    task: str = "joint",
     frozen_without_weights: bool = False,
     **counts: float | None,
 ) -> None:
@@ -171,6 +174,8 @@ def check_options(
         amp: the engine's own mixed precision. Refused: it does nothing on the CPU; use `precision`.
         compile: `torch.compile`. Refused: MONAI 1.6.1's trainer wraps predictions in a way that breaks it.
         balance: `none`, `weights` (class weights in the loss) or `sampler` (classes drawn equally often).
+        task: `joint`, `denoise` or `classify`. One half alone is refused in several processes: the other half has no
+            gradient, and DistributedDataParallel wants one of every weight.
         frozen_without_weights: the encoder is to be frozen, but nothing is loaded into it. Refused.
         counts: numbers that must be positive, or None.
 
@@ -183,6 +188,13 @@ def check_options(
         raise ValueError("check_options: --compile is not supported: MONAI 1.6's trainer breaks torch.compile here.")
     if balance not in ("none", "weights", "sampler"):
         raise ValueError(f"check_options: --balance is {balance!r}, it must be 'none', 'weights' or 'sampler'.")
+    if task not in TASKS:
+        raise ValueError(f"check_options: --task is {task!r}, it must be one of {', '.join(TASKS)}.")
+    if task != "joint" and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        raise ValueError(
+            f"check_options: --task {task} leaves half of the network without gradients, which several processes "
+            f"cannot; got {dist.get_world_size()} of them. Train in one."
+        )
     if frozen_without_weights:
         raise ValueError("check_options: --freeze_encoder needs --pretrained: it would freeze random weights.")
     for name, value in counts.items():

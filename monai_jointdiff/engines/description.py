@@ -94,6 +94,7 @@ class ModelDescription:
         trained: False for the description of an untrained network.
         autoencoder: on whose latents the network works, its weights being `autoencoder.pt` beside `model.pt`; None: it
             works on images.
+        task: what it was trained for: `joint`, or `denoise` or `classify` alone.
     """
 
     network: dict[str, Any]
@@ -102,6 +103,7 @@ class ModelDescription:
     decision: Decision = field(default_factory=Decision)
     trained: bool = True
     autoencoder: AutoencoderDescription | None = None
+    task: str = "joint"
 
     @property
     def class_names(self) -> list[str]:
@@ -149,6 +151,23 @@ class ModelDescription:
         """
         return make_scheduler(name, **{**self.scheduler, **kwargs})
 
+    def require(self, *abilities: str) -> None:
+        """Refuse to ask a model for what it never learned: that half of the network still has its random weights.
+
+        Args:
+            abilities: what a program needs, `denoise` or `classify` or both.
+
+        Raises:
+            ValueError: when the model was trained for the other one alone.
+        """
+        lacking = [ability for ability in abilities if self.task not in ("joint", ability)]
+        if lacking:
+            raise ValueError(
+                f"{type(self).__name__}: this model was trained with --task {self.task}, and this program needs a "
+                f"network that learned to {lacking[0]}, too. Train one with --task joint, or with an algorithm that "
+                "denoises."
+            )
+
     def with_decision(self, decision: Decision) -> ModelDescription:
         """The same model with another decision rule."""
         return replace(self, decision=decision)
@@ -187,6 +206,7 @@ class ModelDescription:
             decision=Decision(**content["decision"]),
             trained=bool(content["trained"]),
             autoencoder=None if autoencoder is None else AutoencoderDescription.from_dict(autoencoder),
+            task=content.get("task", "joint"),  # files written before there was a choice
         )
 
     @classmethod

@@ -107,6 +107,31 @@ def picture(path: Path, seed: int, shape: tuple[int, int] = (16, 16)) -> np.ndar
     return pixels
 
 
+class TestHalfANetwork(unittest.TestCase):
+    @parameterized.expand(
+        [
+            ("classify", {"val_loss", "val_auc"}, ("generate", "counterfactual"), "evaluate"),
+            ("denoise", {"val_loss", "val_denoising"}, ("evaluate", "inference", "counterfactual"), "generate"),
+        ]
+    )
+    def test_trains_and_is_refused_where_the_other_half_is_needed(
+        self, task: str, metrics: set[str], refused: tuple[str, ...], usable: str
+    ) -> None:
+        model = fresh(task)
+        train(model, task=task, num_samples=0, epochs=1, **PHANTOMS)
+        (events,) = (model / "output" / "tensorboard").glob("events*")
+        if has_tensorboard:
+            log = event_accumulator.EventAccumulator(str(events)).Reload()
+            self.assertEqual({tag for tag in log.Tags()["scalars"] if tag.startswith("val_")}, metrics)
+        self.assertEqual((model / "output" / "metrics.json").is_file(), task == "classify")
+        for program in refused:
+            with self.assertRaises((ValueError, RuntimeError)) as caught:
+                use(program, model, fresh(program))
+            self.assertIn(f"this model was trained with --task {task}", message_of(caught.exception))
+        options = {"num_samples": 2, "num_inference_steps": 2} if usable == "generate" else PHANTOMS
+        use(usable, model, fresh(usable), **options)
+
+
 class TestTraining(unittest.TestCase):
     def test_leaves_every_file_it_promises(self) -> None:
         models = {path.name for path in (TRAINED / "models").iterdir()}

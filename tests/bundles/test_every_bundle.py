@@ -33,7 +33,7 @@ BUNDLES = sorted(path.parent.parent for path in ROOT.glob("bundles/*/configs/tra
 NAMES = [(bundle.name, bundle) for bundle in BUNDLES]
 OTHERS = {"metadata", "logging", "default_model", "label_efficiency"}  # the last runs trainings, and has no network
 CONFIGS = sorted(ROOT.glob("bundles/*/configs/*.json"))
-SWITCHES = ("progress", "preflight", "tf32", "amp", "compile", "freeze_encoder", "classify")
+SWITCHES = ("progress", "preflight", "tf32", "amp", "compile", "freeze_encoder")
 PROGRAMS = [
     (f"{bundle.name}_{path.stem}", bundle, path.stem)
     for bundle in BUNDLES

@@ -259,7 +259,7 @@ class TestPhotographs(unittest.TestCase):
 class TestRealData(unittest.TestCase):
     def test_ham10000(self) -> None:
         file, model = str(Path(str(DATA)) / "ham10000_28.npz"), fresh("model")
-        options = {"image_size": None, "preflight": False, "classify": False, "train#epoch_length": 3}
+        options = {"image_size": None, "preflight": False, "train#epoch_length": 3}
         few = {"validate#dataset#data": "$@source.part('val')[::10]"}
         printed = train(model, dataset_dir=file, **options, **few)
         counts = "akiec 127, bcc 184, bkl 407, df 42, mel 343, nv 3025, vasc 56"

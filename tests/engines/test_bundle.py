@@ -135,6 +135,7 @@ class TestOptions(unittest.TestCase):
             ({"amp": True}, "--amp is not supported"),
             ({"compile": True}, "--compile is not supported"),
             ({"balance": "both"}, "--balance is 'both'"),
+            ({"task": "segment"}, "--task is 'segment', it must be one of joint, denoise, classify"),
             ({"epochs": 0}, "--epochs must be greater than 0, got 0"),
             ({"learning_rate": -1.0}, "--learning_rate must be greater than 0, got -1.0"),
             ({"max_minutes": float("nan")}, "--max_minutes must be greater than 0"),
@@ -143,6 +144,17 @@ class TestOptions(unittest.TestCase):
     def test_wrong_options(self, options: dict[str, Any], message: str) -> None:
         with self.assertRaisesRegex(ValueError, message):
             check_options(**options)
+
+    @parameterized.expand(["denoise", "classify"])
+    def test_half_a_network_trains_in_one_process(self, task: str) -> None:
+        check_options(task=task)
+        with (
+            mock.patch("torch.distributed.is_initialized", return_value=True),
+            mock.patch("torch.distributed.get_world_size", return_value=2),
+        ):
+            check_options(task="joint")
+            with self.assertRaisesRegex(ValueError, f"--task {task} leaves half of the network"):
+                check_options(task=task)
 
 
 class TestWeights(unittest.TestCase):

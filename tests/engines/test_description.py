@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 import unittest
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import torch
@@ -108,6 +108,23 @@ class TestModelDescription(unittest.TestCase):
             self.assertEqual(scheduler.num_train_timesteps, 100)
             self.assertEqual(scheduler.prediction_type, "v_prediction")
         self.assertEqual(description.build_scheduler("ddim", prediction_type="epsilon").prediction_type, "epsilon")
+
+    @parameterized.expand([("joint", []), ("classify", ["denoise"]), ("denoise", ["classify"])])
+    def test_what_was_never_learned_is_refused(self, task: str, lacking: list[str]) -> None:
+        description = replace(small_description(), task=task)
+        description.save(self.folder / "model.json")
+        loaded = ModelDescription.load(self.folder / "model.json")
+        for ability in ("denoise", "classify"):
+            if ability in lacking:
+                with self.assertRaisesRegex(ValueError, f"trained with --task {task}.* learned to {ability}"):
+                    loaded.require("denoise", "classify")
+            else:
+                loaded.require(ability)
+
+    def test_files_of_before_were_trained_for_both(self) -> None:
+        content = json.loads(json.dumps({"format_version": 2, **asdict(small_description())}))
+        del content["task"]
+        ModelDescription.from_dict(content).require("denoise", "classify")
 
     def test_untrained_description_where_there_is_no_model(self) -> None:
         untrained = replace(small_description(), trained=False)
