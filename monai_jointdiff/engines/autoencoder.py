@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from monai.data import DataLoader, Dataset
 from monai.engines import PrepareBatch, SupervisedEvaluator
 from monai.handlers import IgniteMetricHandler
@@ -36,6 +35,7 @@ from monai_jointdiff.engines.bundle import json_word, load_weights
 from monai_jointdiff.engines.description import ModelDescription
 from monai_jointdiff.engines.explaining import spread
 from monai_jointdiff.engines.first_stage import DESCRIPTION, WEIGHTS, describe_autoencoder
+from monai_jointdiff.engines.training_report import writes_report
 from monai_jointdiff.handlers.atomic import atomic_write_text
 from monai_jointdiff.handlers.best_model import BestModel
 from monai_jointdiff.inferers import AutoencoderInferer
@@ -280,14 +280,8 @@ class AutoencoderReport:
         Raises:
             ValueError: when there is no `autoencoder.pt`, because no validation gave a number.
         """
-        if self.best is not None and self.best.value is None and self.evaluator is not None:
-            self.evaluator.run()  # in all processes: its metrics are gathered
-        if dist.is_available() and dist.is_initialized() and dist.get_rank() != 0:
+        if not writes_report(self.ckpt_dir / WEIGHTS, self.best, self.evaluator):
             return None
-        if not (self.ckpt_dir / WEIGHTS).is_file() or (self.best is not None and self.best.value is None):
-            raise ValueError(
-                f"{type(self).__name__}: this run left no {WEIGHTS} in {self.ckpt_dir}: no validation gave a number."
-            )
         self.network.load_state_dict(load_weights(self.ckpt_dir / WEIGHTS))
         stage = describe_autoencoder(self.network, self.definition, self.source, self.device)
         stage.save(self.ckpt_dir)

@@ -68,6 +68,31 @@ def predict(
     return collector.predictions
 
 
+def writes_report(weights: Path, best: BestModel | None, evaluator: SupervisedEvaluator | None) -> bool:
+    """At the end of a training: see that validation has chosen a model, and whether this process reports on it.
+
+    Args:
+        weights: file of the chosen model.
+        best: chooses it; None: not by this run.
+        evaluator: validates where that never happened, as in a training shorter than the interval of validations.
+
+    Returns:
+        True in the first process.
+
+    Raises:
+        ValueError: when there is no such file, because no validation gave a number.
+    """
+    if best is not None and best.value is None and evaluator is not None:
+        evaluator.run()  # in all processes: its metrics are gathered
+    if dist.is_available() and dist.is_initialized() and dist.get_rank() != 0:
+        return False
+    if not weights.is_file() or (best is not None and best.value is None):
+        raise ValueError(
+            f"writes_report: this run left no {weights.name} in {weights.parent}: no validation gave a number."
+        )
+    return True
+
+
 class TrainingReport:
     """What happens when the training is over: choose, calibrate, test, generate, say it in one table.
 
@@ -137,14 +162,8 @@ class TrainingReport:
         Raises:
             ValueError: when there is no `model.pt`, because no validation gave a number.
         """
-        if self.best is not None and self.best.value is None and self.evaluator is not None:
-            self.evaluator.run()  # in all processes: its metrics are gathered
-        if dist.is_available() and dist.is_initialized() and dist.get_rank() != 0:
+        if not writes_report(self.ckpt_dir / "model.pt", self.best, self.evaluator):
             return None
-        if not (self.ckpt_dir / "model.pt").is_file() or (self.best is not None and self.best.value is None):
-            raise ValueError(
-                f"{type(self).__name__}: this run left no model.pt in {self.ckpt_dir}: no validation gave a number."
-            )
         self.output_dir.mkdir(parents=True, exist_ok=True)
         self.network.load_state_dict(load_weights(self.ckpt_dir / "model.pt"))
         summary: dict[str, Any] = {"data": self.source.name}
