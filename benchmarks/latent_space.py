@@ -41,7 +41,8 @@ from monai_jointdiff.inferers import JointDiffusionInferer
 
 DATA = "ham10000_64"
 CONFIGS = "bundles/skin_lesion/configs"
-EPOCHS = {"autoencoder": 12, "pixel": 8, "latent": 8}
+EPOCHS = {"autoencoder": 10, "pixel": 8, "latent": 8}
+AUTOENCODER = {"autoencoder_def#channels": [16, 32, 32]}  # half of the default: minutes on a CPU
 NETWORK = {"network_def#channels": [16, 32, 64], "network_def#num_head_channels": 16}  # of both joint models
 SELECTION = {"best#metric_name": "val_auc", "best#larger_is_better": True}
 CELLS = ("autoencoder", "latent", "pixel", "speed")
@@ -75,6 +76,7 @@ def autoencoder(work: Path, quick: bool) -> dict[str, Any]:
         "epochs": EPOCHS["autoencoder"],
         "ckpt_dir": work / "autoencoder" / "models",
         "output_dir": work / "autoencoder" / "output",
+        **AUTOENCODER,
     }
     minutes = run_bundle(f"{CONFIGS}/train_autoencoder.json", work / "autoencoder", options, quick)
     summary = json.loads((work / "autoencoder" / "output" / "summary.json").read_text(encoding="utf-8"))
@@ -154,7 +156,7 @@ def main() -> None:
     options = parser.parse_args()
     work = options.work / "quick" if options.quick else options.work
     root = {"root": work} if options.quick else {}
-    store = CellStore("latent_space", {"epochs": EPOCHS, **NETWORK, **SELECTION}, **root)
+    store = CellStore("latent_space", {"epochs": EPOCHS, **AUTOENCODER, **NETWORK, **SELECTION}, **root)
     measures = {
         "autoencoder": lambda: autoencoder(work, options.quick),
         "latent": lambda: joint("latent", work, options.quick),

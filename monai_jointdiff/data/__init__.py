@@ -21,6 +21,7 @@ from .anti_curriculum import (
     mutual_neighbours,
     nearest_neighbours,
     neighbour_labels,
+    purified_anchors,
 )
 from .brain_phantoms import BRAIN_CLASSES, BrainPhantoms
 from .draws import BalancedOrder, DrawBatchSampler, DrawDataset, DrawOrder, ShuffledOrder, draw_seed
@@ -89,6 +90,7 @@ __all__ = [
     "neighbour_labels",
     "open_source",
     "open_with_few_labels",
+    "purified_anchors",
     "read_folder",
     "read_image",
     "read_npz",

@@ -28,6 +28,7 @@ __all__ = [
     "mutual_neighbours",
     "nearest_neighbours",
     "neighbour_labels",
+    "purified_anchors",
 ]
 
 sklearn_neighbors, _ = optional_import("sklearn.neighbors")
@@ -69,16 +70,19 @@ class AntiCurriculumPseudoLabeller:
     1. cross-distribution sample informativeness: :func:`nearest_neighbours` among the anchors, their mean similarity
        (:attr:`Neighbours.density`), and :func:`informative_samples`, those of lowest density;
     2. informative mix-up: :func:`neighbour_labels`, and with the network's answer :func:`informative_mixup`;
-    3. anchor set purification: of those labelled, the ones with the fewest :func:`mutual_neighbours` become anchors.
+    3. anchor set purification: of those labelled, the ones with the fewest :func:`mutual_neighbours` become anchors,
+       by :func:`purified_anchors`.
 
     It is the same for one and for several labels per image. Where this differs from the publication: it takes
     k = 200 of thousands of labels; of 50 labelled images all would be neighbours of every image, their mean label
-    always the same, and so k is a tenth of the anchors by default. The published code mixes with densities scaled to
+    always the same, and so k is a tenth of the labelled ones by default. A k this small leaves most images without a
+    connection, all of which would become anchors, thousands of guesses beside 50 labels: a round adds no more anchors
+    than there are labels. The published code mixes with densities scaled to
     [0, 1] over the unlabelled images, here they are cosines. :func:`informative_samples` leaves out a part of the
     component of lowest density.
 
     Args:
-        num_neighbours: k, at most the number of anchors; None: a tenth of the anchors, at most 200, at least 1.
+        num_neighbours: k, at most the number of anchors with a label; None: a tenth of that, at most 200, at least 1.
         seed: of the mixture's start.
 
     Raises:
@@ -104,20 +108,20 @@ class AntiCurriculumPseudoLabeller:
         Returns:
             pseudo-labels, of weight 1 for informative images.
         """
-        k = self.num_neighbours_of(len(anchors.features))
+        k = self.num_neighbours_of(anchors.num_labelled)
         among_anchors = nearest_neighbours(unlabelled.features, anchors.features, k)
         among_unlabelled = nearest_neighbours(anchors.features, unlabelled.features, k)
         selected = informative_samples(among_anchors.density, self.seed)
         votes = neighbour_labels(anchors.labels, among_anchors.indices)
         labels = informative_mixup(unlabelled.probabilities, votes, among_anchors.density)
         connections = mutual_neighbours(among_anchors.indices, among_unlabelled.indices)
-        least = connections[selected].min(initial=k)
-        return PseudoLabels(labels, selected.astype(float), selected & (connections <= least))
+        purified = purified_anchors(selected, connections, among_anchors.density, anchors.num_labelled)
+        return PseudoLabels(labels, selected.astype(float), purified)
 
-    def num_neighbours_of(self, num_anchors: int) -> int:
-        """The number of neighbours k among so many anchors."""
-        wanted = min(200, num_anchors // 10) if self.num_neighbours is None else self.num_neighbours
-        return max(1, min(wanted, num_anchors))
+    def num_neighbours_of(self, num_labelled: int) -> int:
+        """The number of neighbours k where so many anchors have a label."""
+        wanted = min(200, num_labelled // 10) if self.num_neighbours is None else self.num_neighbours
+        return max(1, min(wanted, num_labelled))
 
 
 def nearest_neighbours(features: np.ndarray, others: np.ndarray, k: int) -> Neighbours:
@@ -230,3 +234,24 @@ def mutual_neighbours(among_anchors: np.ndarray, among_unlabelled: np.ndarray) -
     theirs = among_unlabelled * num_anchors + np.arange(num_anchors)[:, None]  # (A, l)
     count: np.ndarray = np.isin(ours, theirs).sum(axis=1)
     return count
+
+
+def purified_anchors(selected: np.ndarray, connections: np.ndarray, density: np.ndarray, most: int) -> np.ndarray:
+    """Which of the pseudo-labelled images become anchors: the least connected, and of these the least dense.
+
+    ACPL, anchor set purification, takes all of the least connected; here there is a limit to them.
+
+    Args:
+        selected: (U,) bool, images with a pseudo-label of this round.
+        connections: (U,) counts of :func:`mutual_neighbours`.
+        density: (U,) density scores.
+        most: anchors of a round at most.
+
+    Returns:
+        (U,) bool.
+    """
+    anchors = np.zeros(len(selected), dtype=bool)
+    if selected.any():
+        least = np.flatnonzero(selected & (connections == connections[selected].min()))
+        anchors[least[np.argsort(density[least], kind="stable")][:most]] = True
+    return anchors

@@ -34,6 +34,7 @@ class LabelledFeatures:
         features: (A, F) features of the head.
         labels: (A, K) probabilities of the classes, one-hot for images with a label; with several labels per image
             entries of their own, NaN where unknown.
+        guessed: (A,) bool, whose label is a pseudo-label of an earlier round; None: nobody's.
 
     Raises:
         ValueError: for shapes that do not fit.
@@ -41,9 +42,19 @@ class LabelledFeatures:
 
     features: np.ndarray
     labels: np.ndarray
+    guessed: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         _check_rows(type(self).__name__, features=self.features, labels=self.labels)
+        if self.guessed is not None and np.shape(self.guessed) != (len(self.features),):
+            raise ValueError(
+                f"{type(self).__name__}: guessed must be ({len(self.features)},), got {np.shape(self.guessed)}."
+            )
+
+    @property
+    def num_labelled(self) -> int:
+        """How many anchors have a label that is no guess."""
+        return len(self.features) - (0 if self.guessed is None else int(np.sum(self.guessed)))
 
 
 @dataclass(frozen=True)

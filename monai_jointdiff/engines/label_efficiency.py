@@ -36,7 +36,17 @@ __all__ = ["LabelEfficiencyStudy", "LabelRun", "LabelRunResult", "summarize_labe
 
 FIGURES = {"balanced_accuracy": "balanced accuracy", "auc": "macro AUC", "macro_f1": "macro F1"}
 QUICK = {"num_samples": 0, "counterfactual_pictures": 0, "progress": False}  # a study looks at classification alone
-OWN = {"algorithm", "ckpt_dir", "config_file", "label_seed", "num_labels", "output_dir", "resume", "validation_count"}
+OWN = {
+    "algorithm",
+    "ckpt_dir",
+    "config_file",
+    "label_seed",
+    "num_labels",
+    "output_dir",
+    "resume",
+    "task",
+    "validation_count",
+}
 RECORD = "run.json"
 _LAST_LINES = 15  # of the log of a training that failed without a word about the error
 

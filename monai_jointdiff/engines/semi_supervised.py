@@ -34,6 +34,7 @@ __all__ = [
     "PRESETS",
     "SemiSupervisedPrepareBatch",
     "SemiSupervisedSettings",
+    "check_task",
     "make_unlabelled_term",
     "parameter_groups",
     "semi_supervised_settings",
@@ -215,6 +216,23 @@ def task_of(algorithm: str) -> str:
     if algorithm not in ALGORITHMS:
         raise ValueError(f"task_of: algorithm must be one of {ALGORITHMS}, got {algorithm!r}.")
     return "joint" if algorithm in WITH_DENOISING else "classify"
+
+
+def check_task(task: str, algorithm: str) -> None:
+    """Refuse a task that contradicts the algorithm: a control would denoise, and still be called a control.
+
+    Args:
+        task: of the training.
+        algorithm: as of :func:`task_of`.
+
+    Raises:
+        ValueError: when the algorithm has another task.
+    """
+    if task != task_of(algorithm):
+        raise ValueError(
+            f"check_task: --algorithm {algorithm} has the task {task_of(algorithm)!r}, got --task {task}; with few "
+            "labels the algorithm says what is trained."
+        )
 
 
 def make_unlabelled_term(algorithm: str, multi_label: bool = False, threshold: float = 0.95) -> UnlabelledTerm | None:

@@ -139,6 +139,18 @@ class ResumableCheckpoint:
         self._files = files[-self.keep :]
         return path
 
+    def check(self, epoch_length: int) -> None:
+        """Refuse a `resume` of another run before anything of this one is written.
+
+        Args:
+            epoch_length: iterations per epoch of this run.
+
+        Raises:
+            ValueError: if the file cannot be read or belongs to another run.
+        """
+        if self.resume is not None:
+            self._check_options(self.resume, _read_checkpoint(self.resume), epoch_length)
+
     def load(self, path: Path, epoch_length: int) -> int:
         """Restore the state from a file.
 

@@ -99,7 +99,7 @@ class PseudoLabelRounds:
         last: what the last round came to, None before the first.
 
     Raises:
-        ValueError: for a number out of range.
+        ValueError: for a number out of range; at the start of a training without a round.
     """
 
     def __init__(
@@ -130,6 +130,7 @@ class PseudoLabelRounds:
 
     def attach(self, engine: Engine) -> None:
         """Register with a trainer."""
+        engine.add_event_handler(Events.STARTED, self._check)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self)
 
     def is_round(self, epoch: int) -> bool:
@@ -145,7 +146,8 @@ class PseudoLabelRounds:
         seen = self._look(waiting)
         probabilities = seen.logits.sigmoid() if self.table.multi_label else seen.logits.softmax(dim=1)
         unlabelled = UnlabelledFeatures(seen.features.numpy(), probabilities.numpy())
-        found = self.labeller(LabelledFeatures(self._look(indices).features.numpy(), labels), unlabelled)
+        anchors = LabelledFeatures(self._look(indices).features.numpy(), labels, ~self.table.labelled[indices])
+        found = self.labeller(anchors, unlabelled)
         self.table.add(waiting, found)
         self._share()
         self.last = self._summary(epoch, found, unlabelled.probabilities)
@@ -157,6 +159,14 @@ class PseudoLabelRounds:
                 if value is not None:
                     self.summary_writer.add_scalar(f"pseudo_labels/{name}", value, epoch)
 
+    def _check(self, engine: Engine) -> None:
+        epochs = engine.state.max_epochs
+        if epochs is not None and self.start >= epochs:
+            raise ValueError(
+                f"{type(self).__name__}: start is {self.start}, and the training ends after epoch {epochs}: there "
+                "would be no round that a step learns from. Start earlier, or train for more epochs."
+            )
+
     def _look(self, indices: Sequence[int] | np.ndarray) -> HeadFeatures:
         """Features (N, F) and logits (N, K) of undisturbed images, float64 on the CPU."""
         device = next(self.network.parameters()).device
@@ -165,7 +175,7 @@ class PseudoLabelRounds:
             chosen = indices[first : first + self.batch_size]
             images = torch.stack([torch.as_tensor(self.dataset.undisturbed(int(n))["image"]) for n in chosen])
             parts.append(self.inferer.features(images.to(device), self.network))
-        features, logits = (torch.cat(tensors).double().cpu() for tensors in zip(*parts, strict=True))
+        features, logits = (torch.cat(tensors).cpu().double() for tensors in zip(*parts, strict=True))
         return HeadFeatures(features, logits)
 
     def _share(self) -> None:

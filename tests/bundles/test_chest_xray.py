@@ -128,6 +128,12 @@ class TestHalfANetwork(unittest.TestCase):
             with self.assertRaises((ValueError, RuntimeError)) as caught:
                 use(program, model, fresh(program))
             self.assertIn(f"this model was trained with --task {task}", message_of(caught.exception))
+        before = (model / "models" / "model.json").read_text()
+        resume = str(model / "models" / "checkpoint_00000003.pt")
+        with self.assertRaises((ValueError, RuntimeError)) as caught:
+            train(model, task="joint", num_samples=0, epochs=1, resume=resume, **PHANTOMS)
+        self.assertIn(f"task was '{task}', is 'joint'", message_of(caught.exception))
+        self.assertEqual((model / "models" / "model.json").read_text(), before)
         options = {"num_samples": 2, "num_inference_steps": 2} if usable == "generate" else PHANTOMS
         use(usable, model, fresh(usable), **options)
 

@@ -17,10 +17,12 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import socket
 import tempfile
 import unittest
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -293,6 +295,16 @@ class TestDiffusionClassify(unittest.TestCase):
         message = message_of(caught.exception)
         self.assertIn("is not class-conditional", message)
         self.assertIn("train.json and train_conditional.json of this bundle, together", message)
+
+    @parameterized.expand(["nominate", "prior"])
+    def test_head_that_learned_nothing_is_not_asked(self, head: str) -> None:
+        folder = fresh("denoiser")
+        shutil.copytree(TRAINED / "models", folder / "models")
+        replace(model_of(TRAINED), task="denoise").save(folder / "models" / "model.json")
+        decide(fresh("output"), folder, limit=1)
+        with self.assertRaises((ValueError, RuntimeError)) as caught:
+            decide(fresh("output"), folder, limit=1, head=head)
+        self.assertIn("learned to classify, too", message_of(caught.exception))
 
 
 class TestFormat(unittest.TestCase):

@@ -145,6 +145,8 @@ class TestTraining(unittest.TestCase):
         table = state["further"]["pseudo_labels"]
         given = table["weights"] > 0
         self.assertTrue(0 < int(given.sum()) <= 18)
+        end_of_epoch = checkpoint(folder, 3)["further"]["pseudo_labels"]  # written after the round of its epoch
+        torch.testing.assert_close(end_of_epoch, table)
         torch.testing.assert_close(table["probabilities"].sum(dim=1), given.float())
         train_part = open_source(image_size=16, phantom_counts=PHANTOMS["source#phantom_counts"]).part("train")
         labelled = choose_labelled([item["label"] for item in train_part], 6)
@@ -223,8 +225,9 @@ class TestConfiguration(unittest.TestCase):
         with working_directory(ROOT):
             self.assertTrue(parser["train#handlers#7#_target_"].endswith(name))
             self.assertEqual(parser.get_parsed_content("train#handlers#7#_disabled_"), off)
-            self.assertEqual(parser.get_parsed_content("num_samples"), 0 if off else 500)
-            self.assertEqual(parser.get_parsed_content("counterfactual_pictures"), 0 if off else 4)
+            self.assertEqual(parser.get_parsed_content("report#num_samples"), 0 if off else 500)
+            self.assertTrue(parser["train#handlers#8#_target_"].endswith("CounterfactualImages"))
+            self.assertEqual(parser.get_parsed_content("train#handlers#8#_disabled_"), off)
             self.assertIsInstance(parser.get_parsed_content("loss").term, FixMatchLoss)
 
     def test_several_gpus_keep_their_start(self) -> None:
@@ -249,6 +252,12 @@ class TestConfiguration(unittest.TestCase):
             parser.get_parsed_content("train#order")
             parser.get_parsed_content("loss")
         self.assertIn(message, message_of(caught.exception))
+
+    def test_task_is_that_of_the_algorithm(self) -> None:
+        folder = TEMPORARY / "contradiction"
+        with self.assertRaises((ValueError, RuntimeError)) as caught:
+            train(folder, algorithm="supervised", task="joint", teacher="false")
+        self.assertIn("--algorithm supervised has the task 'classify', got --task joint", message_of(caught.exception))
 
 
 class TestOtherBundle(unittest.TestCase):

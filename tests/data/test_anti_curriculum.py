@@ -148,7 +148,9 @@ class TestLabeller(unittest.TestCase):
         np.testing.assert_array_equal(found.weights, chosen)
         mutual = [sum(row in np.argsort(-similarity[:, a])[:k] for a in near[row]) for row in range(60)]
         least = min(count for count, is_chosen in zip(mutual, chosen, strict=True) if is_chosen)
-        expected = [bool(c) and count == least for count, c in zip(mutual, chosen, strict=True)]
+        loose = [row for row in range(60) if chosen[row] and mutual[row] == least]
+        new = sorted(loose, key=lambda row: density[row])[:20]  # no more than there are labels
+        expected = [row in new for row in range(60)]
         self.assertEqual(found.anchors.tolist(), expected)
         self.assertTrue(0 < chosen.sum() < 60 and any(expected))
         for row in np.flatnonzero(chosen):
@@ -159,6 +161,21 @@ class TestLabeller(unittest.TestCase):
                 self.assertAlmostEqual(found.probabilities[row, entry], mixed, places=12)
         if not multi_label:
             np.testing.assert_allclose(found.probabilities.sum(axis=1), 1, atol=1e-12)
+
+    def test_guesses_do_not_outnumber_the_labels(self) -> None:
+        """Neighbours are counted by the labels, and a round adds as many anchors as there are labels, not more."""
+        generator = np.random.default_rng(0)
+        unlabelled = UnlabelledFeatures(generator.normal(size=(400, 5)), np.full((400, 2), 0.5))
+        labels = np.eye(2)[np.arange(80) % 2]
+        anchors = LabelledFeatures(generator.normal(size=(80, 5)), labels, guessed=np.arange(80) >= 20)
+        self.assertEqual(anchors.num_labelled, 20)
+        found = AntiCurriculumPseudoLabeller()(anchors, unlabelled)
+        self.assertEqual(int(found.anchors.sum()), 20)
+        self.assertGreater(found.weights.sum(), 20)
+        two = AntiCurriculumPseudoLabeller(2)(anchors, unlabelled)  # a tenth of 20, not of 80
+        np.testing.assert_array_equal(found.probabilities, two.probabilities)
+        with self.assertRaisesRegex(ValueError, r"guessed must be \(80,\), got \(3,\)"):
+            LabelledFeatures(anchors.features, labels, guessed=np.zeros(3, bool))
 
     def test_order_of_the_images_does_not_matter(self) -> None:
         anchors, unlabelled = random_case(4)

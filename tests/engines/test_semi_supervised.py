@@ -397,18 +397,20 @@ class TestTraining(unittest.TestCase):
             self.assertAlmostEqual(terms["total"], expected, places=5)
         self.assertTrue(any(0 < terms["pseudo_label_rate"] < 1 for terms in whole.terms), whole.terms)
 
-    def test_resumed_run_goes_on_with_its_pseudo_labels(self) -> None:
-        """Stopped after the round between the two epochs; the pseudo-labels are among what the checkpoint restores."""
+    @parameterized.expand([(3,), (4,)])
+    def test_resumed_run_goes_on_with_its_pseudo_labels(self, stop: int) -> None:
+        """From the end of the first epoch, after its round, and from the middle of the second."""
         whole = Run(self.folder(), PseudoLabelLoss(), rounds=True)
         whole.trainer.run()
         folder = self.folder()
         Run(folder, PseudoLabelLoss(), rounds=True, more_handlers=[Stop(4)]).trainer.run()
-        resumed = Run(folder, PseudoLabelLoss(), rounds=True, resume=folder / "checkpoint_00000004.pt", num_workers=1)
+        file = folder / f"checkpoint_{stop:08d}.pt"  # the last two are kept
+        resumed = Run(self.folder(), PseudoLabelLoss(), rounds=True, resume=file, num_workers=1)
         resumed.trainer.run()
         parts = ((whole.base, resumed.base), (whole.ema, resumed.ema), (whole.table, resumed.table))
         for one, other in parts:
             torch.testing.assert_close(one.state_dict(), other.state_dict(), rtol=0, atol=0)
-        self.assertEqual(whole.terms[4:], resumed.terms)
+        self.assertEqual(whole.terms[stop:], resumed.terms)
         rates = [terms["pseudo_label_rate"] for terms in whole.terms]
         self.assertEqual(rates[:3], [0.0] * 3)
         self.assertTrue(any(rate > 0 for rate in rates[4:]), rates)

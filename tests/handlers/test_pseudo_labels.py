@@ -88,7 +88,7 @@ class Case:
 
 
 class TestRounds(unittest.TestCase):
-    @parameterized.expand([(1, 1, 5, [1, 2, 3, 4]), (2, 2, 7, [2, 4, 6]), (3, 5, 8, [3]), (1, 1, 1, [])])
+    @parameterized.expand([(1, 1, 5, [1, 2, 3, 4]), (2, 2, 7, [2, 4, 6]), (3, 5, 8, [3])])
     def test_after_which_epochs(self, start: int, every: int, epochs: int, expected: list[int]) -> None:
         writer = mock.Mock()
         case = Case(start=start, every=every, summary_writer=writer).run(epochs)
@@ -96,6 +96,11 @@ class TestRounds(unittest.TestCase):
         self.assertEqual(found, expected)
         self.assertEqual(len(case.labeller.asked), len(expected))
         self.assertEqual(int((case.table.weights > 0).sum()), len(expected))
+
+    @parameterized.expand([(1, 1), (3, 3), (10, 5)])
+    def test_a_training_without_a_round_is_refused(self, start: int, epochs: int) -> None:
+        with self.assertRaisesRegex(ValueError, f"start is {start}, and the training ends after epoch {epochs}"):
+            Case(start=start).run(epochs)
 
     @parameterized.expand([(2,), (3,)])
     def test_undisturbed_images_in_evaluation(self, spatial_dims: int) -> None:
@@ -106,6 +111,7 @@ class TestRounds(unittest.TestCase):
         known, hidden = [0, 3, 5], [1, 2, 4, 6]
         np.testing.assert_allclose(anchors.features, features[known].double(), rtol=1e-5, atol=1e-6)
         np.testing.assert_array_equal(anchors.labels, np.eye(3))
+        np.testing.assert_array_equal(anchors.guessed, [False] * 3)
         np.testing.assert_allclose(unlabelled.features, features[hidden].double(), rtol=1e-5, atol=1e-6)
         probabilities = logits[hidden].double().softmax(dim=1)
         np.testing.assert_allclose(unlabelled.probabilities, probabilities, rtol=1e-5)
