@@ -15,7 +15,7 @@ All variants of the step are one architecture with one set of start weights, are
 and do the whole step: forward passes, loss in fp32, backward pass, AdamW on fp32 weights. An image counts once per
 joint step.
 
-    python -m benchmarks.speed [--quick] [--threads 2] [--seeds 3] [--device cpu] [--output DIR]
+    python -m benchmarks.speed [--quick] [--tables ratios ...] [--threads 2] [--seeds 3] [--device cpu] [--output DIR]
 
 Writes three tables: ``speed`` (the ratios), ``speed_throughput`` (images per second by image size) and ``speed_loss``
 (whether bf16 with a shared encoder call learns as fp32 with separate calls does, on
