@@ -32,6 +32,7 @@ import os
 import platform
 import re
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -47,6 +48,7 @@ __all__ = [
     "environment_record",
     "mean_interval",
     "paired_difference",
+    "train_bundle",
     "write_json",
     "write_result",
 ]
@@ -138,6 +140,35 @@ def environment_record() -> dict[str, Any]:
         "commit": git_commit(),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
     }
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# trainings
+
+
+def train_bundle(config_files: Sequence[str], folder: Path, options: Mapping[str, Any]) -> float:
+    """Train as a user does, `python -m monai.bundle run`, by options alone.
+
+    Args:
+        config_files: within ``bundles``, the overlays last.
+        folder: for ``models``, ``output`` and ``log.txt``.
+        options: of the training, by name.
+
+    Returns:
+        minutes of the whole program.
+
+    Raises:
+        CalledProcessError: when it fails; the log says why.
+    """
+    given = {"ckpt_dir": folder / "models", "output_dir": folder / "output", "progress": False, **options}
+    files = [f"bundles/{file}" for file in config_files]
+    command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", str(files)]
+    command += [part for name, value in given.items() for part in (f"--{name}", str(value))]
+    folder.mkdir(parents=True, exist_ok=True)
+    started = time.perf_counter()
+    with open(folder / "log.txt", "w", encoding="utf-8") as log:
+        subprocess.run(command, cwd=ROOT, check=True, stdout=log, stderr=subprocess.STDOUT)
+    return (time.perf_counter() - started) / 60
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -25,8 +25,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -38,7 +36,16 @@ import torch
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from benchmarks.common import RESULTS, ROOT, Cell, CellStore, mean_interval, paired_difference, write_result
+from benchmarks.common import (
+    RESULTS,
+    ROOT,
+    Cell,
+    CellStore,
+    mean_interval,
+    paired_difference,
+    train_bundle,
+    write_result,
+)
 from benchmarks.joint_vs_single import load
 from monai_jointdiff.data import draw_seed, make_phantoms, open_source
 from monai_jointdiff.inferers import DenoisingProfile, DiffusionClassifierInferer, Typicality, aggregate, count_votes
@@ -108,19 +115,10 @@ def train(seed: int, folder: Path, quick: bool) -> None:
         "num_samples": 0,
         "counterfactual_pictures": 0,
         "picture_interval": EPOCHS,
-        "progress": False,
-        "ckpt_dir": folder / "models",
-        "output_dir": folder / "output",
     }
     if quick:
         options["train#epoch_length"] = 5
-    configs = ["bundles/chest_xray/train.json", "bundles/chest_xray/train_conditional.json"]
-    command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", str(configs)]
-    for name, value in options.items():
-        command += [f"--{name}", str(value)]
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "log.txt", "w", encoding="utf-8") as log:
-        subprocess.run(command, cwd=ROOT, check=True, stdout=log, stderr=subprocess.STDOUT)
+    train_bundle(["chest_xray/train.json", "chest_xray/train_conditional.json"], folder, options)
 
 
 class Subject:

@@ -27,15 +27,21 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
-import sys
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import RESULTS, ROOT, Cell, CellStore, mean_interval, paired_difference, write_result
+from benchmarks.common import (
+    RESULTS,
+    ROOT,
+    Cell,
+    CellStore,
+    mean_interval,
+    paired_difference,
+    train_bundle,
+    write_result,
+)
 from monai_jointdiff.engines import LabelEfficiencyStudy
 from monai_jointdiff.visualize import label_efficiency_figure, save_figure
 
@@ -101,21 +107,11 @@ def with_all(data: str, algorithm: str, folder: Path, options: Mapping[str, Any]
     given = {
         **options,
         **BY_AUC,
-        "ckpt_dir": str(folder / "models"),
-        "output_dir": str(folder / "output"),
         "num_samples": 0,
         "counterfactual_pictures": 0,
-        "progress": False,
         "task": "classify" if algorithm == "supervised" else "joint",
     }
-    config = f"bundles/{STUDIES[data].bundle}/configs/train.json"
-    command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", config]
-    command += [part for name, value in given.items() for part in (f"--{name}", str(value))]
-    folder.mkdir(parents=True, exist_ok=True)
-    started = time.perf_counter()
-    with open(folder / "log.txt", "w", encoding="utf-8") as log:
-        subprocess.run(command, cwd=ROOT, check=True, stdout=log, stderr=subprocess.STDOUT)
-    minutes = (time.perf_counter() - started) / 60
+    minutes = train_bundle([f"{STUDIES[data].bundle}/train.json"], folder, given)
     metrics = json.loads((folder / "output" / "metrics.json").read_text(encoding="utf-8"))["metrics"]
     f1 = [figures["f1"]["value"] for figures in metrics["per_class"].values()]
     figures = {"macro_f1": sum(f1) / len(f1), **{name: metrics[name]["value"] for name in ("auc", "balanced_accuracy")}}
@@ -271,7 +267,8 @@ def main() -> None:
         *verdicts(rows),
     ]
     notes += [f"Not run: {'; '.join(missing)}."] if missing else []
-    write_result("few_labels", "Few labels: denoising and FixMatch", rows, notes=notes)
+    measured = next(iter(stores.values())).records()[0]["environment"]  # not that of a later rendering
+    write_result("few_labels", "Few labels: denoising and FixMatch", rows, notes=notes, environment=measured)
 
 
 if __name__ == "__main__":

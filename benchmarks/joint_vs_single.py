@@ -27,9 +27,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
-import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,7 +34,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.common import RESULTS, ROOT, Cell, CellStore, mean_interval, paired_difference, write_result
+from benchmarks.common import (
+    RESULTS,
+    ROOT,
+    Cell,
+    CellStore,
+    mean_interval,
+    paired_difference,
+    train_bundle,
+    write_result,
+)
 from benchmarks.judges import feature_spaces
 from monai_jointdiff.data import open_source
 from monai_jointdiff.engines import (
@@ -67,9 +73,6 @@ def train(cell: Cell, folder: Path, epochs: int) -> float:
         "dataset_dir": dataset,
         "epochs": epochs,
         "seed": cell.seed,
-        "ckpt_dir": folder / "models",
-        "output_dir": folder / "output",
-        "progress": False,
         "preflight": False,
         "num_samples": 0,
         "counterfactual_pictures": 0,
@@ -77,14 +80,7 @@ def train(cell: Cell, folder: Path, epochs: int) -> float:
     }
     if epochs == 1:
         options["train#epoch_length"] = 10
-    command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", "bundles/chest_xray/train.json"]
-    for name, value in options.items():
-        command += [f"--{name}", str(value)]
-    started = time.perf_counter()
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "log.txt", "w", encoding="utf-8") as log:
-        subprocess.run(command, cwd=ROOT, check=True, stdout=log, stderr=subprocess.STDOUT)
-    return (time.perf_counter() - started) / 60
+    return train_bundle(["chest_xray/train.json"], folder, options)
 
 
 def default_weight() -> float:

@@ -19,15 +19,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.common import ROOT, Cell, CellStore, write_result
+from benchmarks.common import ROOT, Cell, CellStore, train_bundle, write_result
 from benchmarks.judges import train_cnn
 from monai_jointdiff.data import open_source
 from monai_jointdiff.metrics import macro_auc
@@ -51,19 +49,9 @@ def joint(work: Path, minutes: float) -> dict[str, Any]:
         "epochs": EPOCHS,
         "max_minutes": minutes,
         "num_samples": 100,
-        "ckpt_dir": work / "models",
-        "output_dir": work / "output",
-        "progress": False,
         **NETWORK,
     }
-    command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", "bundles/chest_xray/train.json"]
-    for name, value in options.items():
-        command += [f"--{name}", str(value)]
-    started = time.perf_counter()
-    work.mkdir(parents=True, exist_ok=True)
-    with open(work / "log.txt", "w", encoding="utf-8") as log:
-        subprocess.run(command, cwd=ROOT, check=True, stdout=log, stderr=subprocess.STDOUT)
-    total = (time.perf_counter() - started) / 60
+    total = train_bundle(["chest_xray/train.json"], work, options)
     metrics = json.loads((work / "output" / "metrics.json").read_text(encoding="utf-8"))["metrics"]
     return {"minutes": total, "auc": metrics["auc"]["value"], "accuracy": metrics["accuracy"]["value"]}
 

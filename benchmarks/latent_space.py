@@ -23,10 +23,8 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
-import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +32,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.common import ROOT, Cell, CellStore, write_result
+from benchmarks.common import ROOT, Cell, CellStore, train_bundle, write_result
 from benchmarks.joint_vs_single import load
 from monai_jointdiff.engines import SamplingInferer, draw_samples, space_of_model
 from monai_jointdiff.inferers import JointDiffusionInferer
 
 DATA = "ham10000_64"
-CONFIGS = "bundles/skin_lesion/configs"
 EPOCHS = {"autoencoder": 10, "pixel": 8, "latent": 8}
 AUTOENCODER = {"autoencoder_def#channels": [16, 32, 32]}  # half of the default: minutes on a CPU
 NETWORK = {"network_def#channels": [16, 32, 64], "network_def#num_head_channels": 16}  # of both joint models
@@ -51,34 +48,18 @@ BATCH, STEPS = 32, 20  # images at once; steps of DPM-Solver++
 CPU = torch.device("cpu")
 
 
-def run_bundle(files: str, folder: Path, options: Mapping[str, Any], quick: bool) -> float:
-    """Train; returns the minutes of the whole program."""
+def train(configs: Sequence[str], folder: Path, options: Mapping[str, Any], quick: bool) -> float:
+    """Train by options alone; returns the minutes of the whole program."""
     dataset = Path(os.environ["JOINTDIFF_DATA"]) / f"{DATA}.npz"
-    given = {
-        "dataset_dir": dataset,
-        "preflight": False,
-        "progress": False,
-        **options,
-        **({"epochs": 1, "train#epoch_length": 4} if quick else {}),
-    }
-    command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", files]
-    command += [part for name, value in given.items() for part in (f"--{name}", str(value))]
-    folder.mkdir(parents=True, exist_ok=True)
-    started = time.perf_counter()
-    with open(folder / "log.txt", "w", encoding="utf-8") as log:
-        subprocess.run(command, cwd=ROOT, check=True, stdout=log, stderr=subprocess.STDOUT)
-    return (time.perf_counter() - started) / 60
+    short = {"epochs": 1, "train#epoch_length": 4} if quick else {}
+    files = [f"skin_lesion/{name}.json" for name in configs]
+    return train_bundle(files, folder, {"dataset_dir": dataset, "preflight": False, **options, **short})
 
 
 def autoencoder(work: Path, quick: bool) -> dict[str, Any]:
     """Train the first stage; how near its reconstructions of test images are."""
-    options = {
-        "epochs": EPOCHS["autoencoder"],
-        "ckpt_dir": work / "autoencoder" / "models",
-        "output_dir": work / "autoencoder" / "output",
-        **AUTOENCODER,
-    }
-    minutes = run_bundle(f"{CONFIGS}/train_autoencoder.json", work / "autoencoder", options, quick)
+    options = {"epochs": EPOCHS["autoencoder"], **AUTOENCODER}
+    minutes = train(["train_autoencoder"], work / "autoencoder", options, quick)
     summary = json.loads((work / "autoencoder" / "output" / "summary.json").read_text(encoding="utf-8"))
     return {"minutes": minutes, **{name: summary[f"test {name}"] for name in ("l1", "psnr", "ssim")}}
 
@@ -89,16 +70,14 @@ def joint(space: str, work: Path, quick: bool) -> dict[str, Any]:
         "epochs": EPOCHS[space],
         "num_samples": 0,
         "counterfactual_pictures": 0,
-        "ckpt_dir": work / space / "models",
-        "output_dir": work / space / "output",
         **NETWORK,
         **SELECTION,
     }
-    files = f"{CONFIGS}/train.json"
+    configs = ["train"]
     if space == "latent":
-        files = f"['{files}','{CONFIGS}/train_latent.json']"
+        configs += ["train_latent"]
         options["autoencoder"] = work / "autoencoder" / "models"
-    minutes = run_bundle(files, work / space, options, quick)
+    minutes = train(configs, work / space, options, quick)
     metrics = json.loads((work / space / "output" / "metrics.json").read_text(encoding="utf-8"))["metrics"]
     return {"minutes": minutes, **{name: metrics[name]["value"] for name in FIGURES}}
 

@@ -23,8 +23,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -33,7 +31,7 @@ import torch
 from monai.visualize import GradCAM, OcclusionSensitivity
 from torch import Tensor, nn
 
-from benchmarks.common import RESULTS, ROOT, Cell, CellStore, mean_interval, write_result
+from benchmarks.common import RESULTS, ROOT, Cell, CellStore, mean_interval, train_bundle, write_result
 from benchmarks.joint_vs_single import load
 from monai_jointdiff.data import open_source
 from monai_jointdiff.inferers import CounterfactualInferer
@@ -60,19 +58,12 @@ def train(data: str, seed: int, folder: Path, quick: bool) -> None:
     if (folder / "output" / "summary.json").is_file():
         return
     about = DATA[data]
-    options = {"seed": seed, "progress": False, "num_samples": 0, "counterfactual_pictures": 0, **about["options"]}
-    options |= {"ckpt_dir": folder / "models", "output_dir": folder / "output"}
+    options = {"seed": seed, "num_samples": 0, "counterfactual_pictures": 0, **about["options"]}
     if data != "phantoms":
         options["dataset_dir"] = Path(os.environ["JOINTDIFF_DATA"]) / f"{data}.npz"
     if quick:
         options |= {"epochs": 1, "train#epoch_length": 5}
-    command = [sys.executable, "-m", "monai.bundle", "run"]
-    command += ["--config_file", f"bundles/{about['bundle']}/train.json"]
-    for name, value in options.items():
-        command += [f"--{name}", str(value)]
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "log.txt", "w", encoding="utf-8") as log:
-        subprocess.run(command, cwd=ROOT, check=True, stdout=log, stderr=subprocess.STDOUT)
+    train_bundle([f"{about['bundle']}/train.json"], folder, options)
 
 
 def abnormal(data: str, seed: int, part: str, count: int) -> tuple[Tensor, Tensor, Tensor]:

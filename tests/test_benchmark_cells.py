@@ -17,8 +17,10 @@ import json
 import math
 import subprocess
 import tempfile
+import time
 import unittest
 from pathlib import Path
+from unittest import mock
 
 from benchmarks import common
 from benchmarks.common import Cell, CellStore, mean_interval, paired_difference
@@ -30,6 +32,24 @@ class TemporaryFolder(unittest.TestCase):
         folder = tempfile.TemporaryDirectory()
         self.addCleanup(folder.cleanup)
         self.folder = Path(folder.name)
+
+
+class TestTraining(TemporaryFolder):
+    def test_is_the_command_of_a_user(self):
+        with mock.patch("subprocess.run", side_effect=lambda *_, **__: time.sleep(0.06)) as run:
+            minutes = common.train_bundle(
+                ["a/train.json", "a/over.json"], self.folder / "new", {"epochs": 3, "network_def#channels": [8, 16]}
+            )
+        (command,), options = run.call_args
+        self.assertEqual(command[1:4], ["-m", "monai.bundle", "run"])
+        given = dict(zip(command[4::2], command[5::2], strict=True))
+        self.assertEqual(given.pop("--config_file"), "['bundles/a/train.json', 'bundles/a/over.json']")
+        folder = str(self.folder / "new")
+        expected = {"--ckpt_dir": f"{folder}/models", "--output_dir": f"{folder}/output", "--progress": "False"}
+        self.assertEqual(given, {**expected, "--epochs": "3", "--network_def#channels": "[8, 16]"})
+        self.assertEqual((options["cwd"], options["check"]), (common.ROOT, True))
+        self.assertTrue((self.folder / "new" / "log.txt").is_file())
+        self.assertTrue(0.001 <= minutes < 1)
 
 
 class TestStatistics(unittest.TestCase):
