@@ -457,8 +457,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if "loss" in settings.tables:
         name, images, labels = load_images(settings.size)
         ways = {"bf16": OURS, "fp32": SEPARATE[0]}
+        # Neither the other tables' sizes nor the number of threads changes what is learnt.
+        learning = {key: common[key] for key in ("network", "size", "batch_size", "steps", "device")}
+        curve_store = CellStore("speed", learning, root=settings.output / "cells")
         cells = [Cell(name, f"loss_{way}", seed) for seed in range(settings.seeds) for way in ways]
-        runs = store.run_missing(
+        runs = curve_store.run_missing(
             cells, lambda cell: learn(ways[cell.method.removeprefix("loss_")], cell.seed, images, labels, settings)
         )
         curves = {way: [runs[c] for c in cells if c.method == f"loss_{way}"] for way in ways}
