@@ -55,8 +55,9 @@ class Phantom:
 class Phantoms(ABC):
     """Images drawn by the program, a function of (seed, index), of which all is known.
 
-    The first class is the one without a finding. Anatomy, exposure and noise are the same whatever the label:
-    `phantoms(index, label=0)` is the healthy twin of `phantoms(index)` and equals it outside the mask.
+    Anatomy, exposure and noise are the same whatever the label. Of chests and brains the first class is the one without
+    a finding: there `phantoms(index, label=0)` is the healthy twin of `phantoms(index)` and equals it outside the mask.
+    Every skin phantom has a lesion; its twin of the first class has another one.
 
     Args:
         spatial_dims: 2 or 3.

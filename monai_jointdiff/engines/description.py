@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from monai_jointdiff.engines.first_stage import AutoencoderDescription
+from monai_jointdiff.engines.prepare_batch import TASKS
 from monai_jointdiff.handlers.atomic import atomic_write_text
 from monai_jointdiff.networks import JointDiffusionUNet
 from monai_jointdiff.schedulers import make_scheduler
@@ -95,6 +96,9 @@ class ModelDescription:
         autoencoder: on whose latents the network works, its weights being `autoencoder.pt` beside `model.pt`; None: it
             works on images.
         task: what it was trained for: `joint`, or `denoise` or `classify` alone.
+
+    Raises:
+        ValueError: for another task.
     """
 
     network: dict[str, Any]
@@ -104,6 +108,10 @@ class ModelDescription:
     trained: bool = True
     autoencoder: AutoencoderDescription | None = None
     task: str = "joint"
+
+    def __post_init__(self) -> None:
+        if self.task not in TASKS:
+            raise ValueError(f"{type(self).__name__}: task must be one of {', '.join(TASKS)}, got {self.task!r}.")
 
     @property
     def class_names(self) -> list[str]:

@@ -126,6 +126,11 @@ class TestModelDescription(unittest.TestCase):
         del content["task"]
         ModelDescription.from_dict(content).require("denoise", "classify")
 
+    def test_a_task_that_does_not_exist(self) -> None:
+        content = {"format_version": 2, **asdict(small_description()), "task": "clasify"}
+        with self.assertRaisesRegex(ValueError, "ModelDescription: task must be one of joint, .*, got 'clasify'"):
+            ModelDescription.from_dict(content)
+
     def test_untrained_description_where_there_is_no_model(self) -> None:
         untrained = replace(small_description(), trained=False)
         untrained.save(self.folder / "default.json")
