@@ -22,7 +22,9 @@ import unittest
 from pathlib import Path
 from unittest import mock
 
-from benchmarks import common
+import numpy as np
+
+from benchmarks import common, localization
 from benchmarks.common import Cell, CellStore, mean_interval, paired_difference
 from benchmarks.render import load_results, render_table
 
@@ -50,6 +52,29 @@ class TestTraining(TemporaryFolder):
         self.assertEqual((options["cwd"], options["check"]), (common.ROOT, True))
         self.assertTrue((self.folder / "new" / "log.txt").is_file())
         self.assertTrue(0.001 <= minutes < 1)
+
+
+class TestLeaveOnePatientOut(TemporaryFolder):
+    def test_every_slice_is_used_and_no_patient_is_in_two_parts(self):
+        patients = {"train": ["b", "a", "b", "d"], "val": ["c", "c"], "test": ["e"]}
+        number, arrays = 0, {"class_names": np.array(["normal", "tumor"])}
+        for part, names in patients.items():
+            arrays[f"{part}_patients"] = np.array(names)
+            arrays[f"{part}_images"] = np.arange(number, number + len(names))
+            number += len(names)
+        whole = self.folder / "whole.npz"
+        np.savez(whole, **arrays)
+        tested = []
+        for left_out, (test, val) in enumerate(["ab", "bc", "cd", "de", "ea"]):
+            with np.load(localization.without_patient(whole, left_out, self.folder / str(left_out))) as fold:
+                of_part = {p: set(fold[f"{p}_patients"]) for p in patients}
+                self.assertEqual((of_part["test"], of_part["val"]), ({test}, {val}))
+                self.assertEqual(of_part["train"], set("abcde") - {test, val})
+                images = [fold[f"{p}_images"] for p in patients]
+                np.testing.assert_array_equal(np.sort(np.concatenate(images)), np.arange(7))
+                tested += fold["test_images"].tolist()
+                self.assertEqual(list(fold["class_names"]), ["normal", "tumor"])
+        self.assertEqual(sorted(tested), list(range(7)))
 
 
 class TestStatistics(unittest.TestCase):
