@@ -27,7 +27,13 @@ from .brain_phantoms import BRAIN_CLASSES, BrainPhantoms
 from .draws import BalancedOrder, DrawBatchSampler, DrawDataset, DrawOrder, ShuffledOrder, draw_seed
 from .folder import find_images, list_images, read_folder
 from .intensity import IntensityRule
-from .label_lists import choose_labelled, labelled_names, open_with_few_labels, write_label_list
+from .label_lists import (
+    choose_labelled,
+    labelled_names,
+    labels_fingerprint,
+    open_with_few_labels,
+    write_label_list,
+)
 from .labels import EncodedLabels, encode_labels
 from .medmnist import download_medmnist
 from .npz import read_npz
@@ -83,6 +89,7 @@ __all__ = [
     "informative_mixup",
     "informative_samples",
     "labelled_names",
+    "labels_fingerprint",
     "list_images",
     "make_phantoms",
     "mutual_neighbours",

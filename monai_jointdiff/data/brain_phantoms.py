@@ -60,6 +60,7 @@ class BrainPhantoms(Phantoms):
 
     class_names = BRAIN_CLASSES
     in_channels = 2
+    channel_names = ("FLAIR", "T1c")
 
     def __init__(self, spatial_dims: int = 2, image_size: int | Sequence[int] = 32, seed: int = 0) -> None:
         super().__init__(spatial_dims, image_size, seed)

@@ -50,7 +50,10 @@ def find_images(folder: str | Path) -> list[Path]:
 
 
 def list_images(
-    path: str | Path, image_column: str | Sequence[str] = "file", slices: SliceRule | None = None
+    path: str | Path,
+    image_column: str | Sequence[str] = "file",
+    slices: SliceRule | None = None,
+    mask_column: str | None = None,
 ) -> list[Record]:
     """What there is to look at in a file or a folder; labels and parts are not asked for.
 
@@ -59,22 +62,32 @@ def list_images(
         image_column: several columns (also joined by commas): each image of the folder lies in several files, named in
             its CSV or, without a CSV, as in :func:`read_folder`.
         slices: how volumes are cut; None: they are not.
+        mask_column: column with the file of the mask, or a word of its name, as in :func:`read_folder`; every image
+            must have one. None: masks are not looked for.
 
     Returns:
         images and their names relative to the folder; there may be none.
 
     Raises:
-        ValueError: when a file that a CSV names is missing, or a volume to be cut cannot be read.
+        ValueError: when a file that a CSV names is missing, a volume to be cut cannot be read, or masks are asked for
+            and an image has none.
     """
     path, columns = Path(path), _names(image_column)
     if not path.is_dir():
         records = [Record(path, None, path.name)]
-    elif len(columns) == 1:
+    elif len(columns) == 1 and mask_column is None:
         records = [Record(file, None, file.relative_to(path).as_posix()) for file in find_images(path)]
     else:
         table = _find_csv(path)
-        wanted = _Columns(columns)
+        wanted = _Columns(columns, mask=mask_column)
         records = _by_names(path, wanted) if table is None else _by_csv(path, table, wanted)
+    without = [record.name for record in records if record.mask is None]
+    if mask_column is not None and (without or not records):
+        found = f"{len(without)} of {len(records)} images" + f" ({', '.join(without)})" * bool(without)
+        raise ValueError(
+            f"list_images: --mask_column {mask_column} finds no mask for {found} in '{path}'. A CSV names images and "
+            f"masks; without one the words {', '.join(columns)} and {mask_column} are looked for in the names of files."
+        )
     return records if slices is None else _cut(records, slices)[0]
 
 
@@ -137,7 +150,8 @@ def read_folder(
     if channels == 1:
         channels = _channels(records, spatial_dims)
     class_names = list(slices.classes) if slices is not None and by_mask else None
-    return Found(records, _DEFAULT_SIZE[spatial_dims], channels, IntensityRule(), class_names)
+    channel_names = list(columns.images) if len(columns.images) > 1 else None
+    return Found(records, _DEFAULT_SIZE[spatial_dims], channels, IntensityRule(), class_names, channel_names)
 
 
 @dataclass(frozen=True)

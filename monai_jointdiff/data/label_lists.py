@@ -13,6 +13,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +25,7 @@ import numpy as np
 from monai_jointdiff.data.draws import draw_seed
 from monai_jointdiff.data.source import ImageSource, open_source
 
-__all__ = ["choose_labelled", "labelled_names", "open_with_few_labels", "write_label_list"]
+__all__ = ["choose_labelled", "labelled_names", "labels_fingerprint", "open_with_few_labels", "write_label_list"]
 
 LABELLED = "labelled"  # a validation part no larger than the labelled images
 
@@ -190,6 +192,20 @@ def labelled_names(items: Sequence[Mapping[Hashable, Any]]) -> list[str]:
     return [str(item["name"]) for item in items if np.max(item["label"]) >= 0]
 
 
+def labels_fingerprint(items: Sequence[Mapping[Hashable, Any]]) -> str:
+    """Hash of which images have which label: two trainings may go on from each other only if it is the same.
+
+    Args:
+        items: with `label`, an integer or K entries, and `name`.
+
+    Returns:
+        `sha256:` and 64 digits, of the names and labels of the labelled images, in the order of the items.
+    """
+    labels = [np.asarray(item["label"]).tolist() for item in items if np.max(item["label"]) >= 0]
+    content = json.dumps([labelled_names(items), labels])
+    return f"sha256:{hashlib.sha256(content.encode()).hexdigest()}"
+
+
 def open_with_few_labels(
     dataset_dir: str | int | Path | None = None,
     *,
@@ -206,8 +222,8 @@ def open_with_few_labels(
     Args:
         dataset_dir: as of :func:`~monai_jointdiff.data.open_source`.
         num_labels: number of training images that keep their label, by :func:`choose_labelled`, whole patients
-            together where the data know them. None: all that have one (or that are on the `label_list` among the
-            options).
+            (or lesions) together where the data know them. None: all that have one. With a `label_list` among the
+            options: of those on the list.
         label_seed: seed of the choice.
         validation_count: labelled validation images at most, chosen by :func:`choose_labelled` with the same seed; of a
             larger part all others are left out. `labelled`: as many as training images have a label. None: all images.

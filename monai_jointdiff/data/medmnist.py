@@ -125,25 +125,40 @@ MEDMNIST_MD5: dict[str, dict[int, str]] = {
 }
 
 
-def download_medmnist(name: str, image_size: Any = None, folder: str | Path | None = None) -> Path:
+def download_medmnist(
+    name: str, image_size: Any = None, folder: str | Path | None = None, *, spatial_dims: int | None = None
+) -> Path:
     """The file of a MedMNIST set, downloaded unless it is there already.
 
     Args:
         name: for example `pneumoniamnist`; the size may be part of it: `pneumoniamnist_64`.
         image_size: 28, 64, 128 or 224 takes the file of that size; anything else takes 28, scaled later.
         folder: where to keep the file. None: a cache folder in the user's home.
+        spatial_dims: of the images that are asked for, 2 or 3. None: those of the set.
 
     Returns:
         the `.npz`.
 
     Raises:
-        ValueError: for an unknown name, or when the file cannot be downloaded or is not what it should be.
+        ValueError: for an unknown name, a size in the name or a number of axes that the set does not have, or when the
+            file cannot be downloaded or is not what it should be.
     """
-    base, _, suffix = name.strip().lower().partition("_")
+    base, underscore, suffix = name.strip().lower().partition("_")
     if base not in MEDMNIST_MD5:
         raise ValueError(f"download_medmnist: there is no {name!r}; there are {', '.join(MEDMNIST_MD5)}.")
-    size = int(suffix) if suffix.isdigit() else _one_size(image_size)
     sums = MEDMNIST_MD5[base]
+    if underscore and suffix not in map(str, sums):
+        raise ValueError(
+            f"download_medmnist: there is no {name!r}; there are {base}, "
+            f"{', '.join(f'{base}_{size}' for size in sums)}."
+        )
+    dims = 3 if base.endswith("3d") else 2
+    if spatial_dims not in (None, dims):
+        raise ValueError(
+            f"download_medmnist: the images of {base} have {dims} axes, spatial_dims is {spatial_dims}; "
+            f"right is --spatial_dims {dims}."
+        )
+    size = int(suffix) if underscore else _one_size(image_size)
     size = size if size in sums else 28
     file = f"{base}.npz" if size == 28 else f"{base}_{size}.npz"
     path = Path(folder or _CACHE) / file

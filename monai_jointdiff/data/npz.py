@@ -29,12 +29,13 @@ __all__ = ["read_npz"]
 
 
 def read_npz(path: str | Path, spatial_dims: int = 2, slices: SliceRule | None = None) -> Found:
-    """Read `{train,val,test}_{images,labels}`, and `{part}_patients`, `{part}_masks`, `class_names` where they are.
+    """Read `{train,val,test}_{images,labels}`, and patients or lesions, masks, and `class_names` where they are.
 
     Images are (N, rows, columns) or (N, rows, columns, channels) with 2 spatial axes, (N, depth, rows, columns) or
     (N, depth, rows, columns, channels) with 3; the channels may come second, too, if `channels` names them. Labels are
     (N,) or (N, 1) classes, or (N, K) entries of a multi-label problem; a part without labels is unlabelled. Masks are
-    (N, *spatial), above 0 inside. `images`, `labels`, `patients` and `masks` without a part are divided later.
+    (N, *spatial), above 0 inside. `{part}_patients` (N,) say which images belong together (empty: none with
+    it); without them `{part}_lesions` do. Arrays without a part (`images`, `labels`, ...) are divided later.
 
     Args:
         path: the file; pickled content is refused.
@@ -78,7 +79,8 @@ def read_npz(path: str | Path, spatial_dims: int = 2, slices: SliceRule | None =
         names = list(slices.classes) if any(record.mask is not None for record in records) else names
     image = records[0].image
     assert isinstance(image, np.ndarray)
-    return Found(records, image.shape[1:], len(image), rule, names)
+    channel_names = [str(name) for name in arrays["channels"]] if "channels" in arrays else None
+    return Found(records, image.shape[1:], len(image), rule, names, channel_names)
 
 
 def _cut(record: Record, slices: SliceRule, rule: IntensityRule) -> list[Record]:
@@ -129,11 +131,10 @@ def _records(prefix: str, images: np.ndarray, arrays: dict[str, np.ndarray], pat
                 f"read_npz: {prefix}labels in '{path}' has shape {stored.shape}, but there are {count} images."
             )
         labels = stored.tolist()
-    patients = arrays.get(f"{prefix}patients")
+    key = next((key for key in (f"{prefix}patients", f"{prefix}lesions") if key in arrays), None)
+    patients = None if key is None else arrays[key]
     if patients is not None and patients.shape != (count,):
-        raise ValueError(
-            f"read_npz: {prefix}patients in '{path}' has shape {patients.shape}, but there are {count} images."
-        )
+        raise ValueError(f"read_npz: {key} in '{path}' has shape {patients.shape}, but there are {count} images.")
     masks = arrays.get(f"{prefix}masks")
     if masks is not None and masks.shape != (count, *images.shape[2:]):
         raise ValueError(
@@ -147,7 +148,7 @@ def _records(prefix: str, images: np.ndarray, arrays: dict[str, np.ndarray], pat
             label=labels[n],
             name=f"{prefix[:-1] or 'images'}/{n:06d}",
             part=part,
-            patient=None if patients is None else str(patients[n]),
+            patient=None if patients is None else str(patients[n]) or None,
             mask=None if masks is None else masks[n][None],
         )
         for n in range(count)

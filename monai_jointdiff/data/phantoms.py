@@ -70,6 +70,7 @@ class Phantoms(ABC):
 
     class_names: ClassVar[tuple[str, ...]]
     in_channels: ClassVar[int]
+    channel_names: ClassVar[tuple[str, ...] | None] = None  # None: they have no names
 
     def __init__(self, spatial_dims: int = 2, image_size: int | Sequence[int] = 32, seed: int = 0) -> None:
         name = type(self).__name__

@@ -57,6 +57,7 @@ class Found:
         in_channels: channels of the images.
         intensity: rule that fits how the values are stored.
         class_names: names that the data bring with them, or None.
+        channel_names: names of the channels, where the data say them; or None.
     """
 
     records: list[Record]
@@ -64,3 +65,4 @@ class Found:
     in_channels: int
     intensity: IntensityRule
     class_names: list[str] | None = None
+    channel_names: list[str] | None = None

@@ -13,6 +13,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -39,6 +41,7 @@ __all__ = ["ImageSource", "PrepareItem", "make_phantoms", "open_source"]
 
 PHANTOMS: dict[str, type[Phantoms]] = {"brain": BrainPhantoms, "chest": ChestPhantoms, "skin": SkinPhantoms}
 PARTS = ("train", "val", "test")
+ALL = "all"  # as a part: train, val and test together
 PHANTOM_COUNTS = (6000, 300, 600)
 _MEDMNIST = "medmnist:"
 
@@ -64,13 +67,14 @@ class PrepareItem(Transform):
 
         Returns:
             `image` (C, *spatial) float32, a MetaTensor if it comes from files; `label` (an integer, or K entries);
-            `name`; of phantoms and items with a mask also `mask`, (1, *spatial) bool, where the finding is.
+            `name`; `patient`, empty where it is not known; of phantoms and items with a mask also `mask`, (1, *spatial)
+            bool, where the finding is.
 
         Raises:
             ValueError: when the image cannot be used; the message names it.
         """
         prepared = dict(item)
-        prepared.pop("patient", None)  # a batch has the same keys for all images, and not all have a patient
+        prepared["patient"] = str(item.get("patient") or "")  # a batch has the same keys for all images
         if isinstance(item["label"], Sequence):
             prepared["label"] = torch.tensor(item["label"], dtype=torch.float32)
         else:
@@ -98,7 +102,9 @@ class ImageSource:
         multi_label: an image may have several labels.
         prepare: reads, scales and pads.
         phantoms: draws the images, if they are phantoms.
+        channel_names: names of the channels; None where they are not known.
         opened_with: the options of :func:`open_source` that say which images there are and how they are divided.
+        has_parts: whether the data themselves say of some image in which part it is; False: all parts were drawn.
     """
 
     name: str
@@ -107,7 +113,9 @@ class ImageSource:
     multi_label: bool
     prepare: ImagePreprocessing
     phantoms: Phantoms | None = None
+    channel_names: list[str] | None = None
     opened_with: Mapping[str, Any] = field(default_factory=dict)
+    has_parts: bool = True
 
     @property
     def spatial_dims(self) -> int:
@@ -133,7 +141,7 @@ class ImageSource:
         """Items of one part.
 
         Args:
-            name: `train`, `val` or `test`.
+            name: `train`, `val` or `test`; or `all`, in the order of the images' names.
 
         Returns:
             dictionaries with `image` (a path, an array, or a number), `label` and `name`, and `patient` where it is
@@ -142,8 +150,10 @@ class ImageSource:
         Raises:
             ValueError: for another name, or a part without images.
         """
+        if name == ALL:
+            return sorted((item for part in PARTS for item in self.items[part]), key=lambda item: str(item["name"]))
         if name not in PARTS:
-            raise ValueError(f"ImageSource: {name!r} is no part; right are {', '.join(PARTS)}.")
+            raise ValueError(f"ImageSource: {name!r} is no part; right are {', '.join((*PARTS, ALL))}.")
         if not self.items[name]:
             counts = ", ".join(f"{part} {len(self.items[part])}" for part in PARTS)
             raise ValueError(f"ImageSource: the {name} part of {self.name} has no images ({counts}).")
@@ -162,10 +172,16 @@ class ImageSource:
             "spatial_dims": self.spatial_dims,
             "image_size": list(self.image_size),
             "in_channels": self.in_channels,
+            "channel_names": self.channel_names,
             "intensity": self.prepare.intensity.as_dict(),
             "bias_correction": None if correction is None else correction.as_dict(),
             "opened_with": dict(self.opened_with),
         }
+
+    def fingerprint(self) -> str:
+        """Hash of which images are in which part, in their order: `sha256:` and 64 digits."""
+        names = {part: [str(item["name"]) for item in self.items[part]] for part in PARTS}
+        return f"sha256:{hashlib.sha256(json.dumps(names).encode()).hexdigest()}"
 
     def summary(self) -> str:
         """Where the data come from, and how many images each part and class has."""
@@ -336,7 +352,8 @@ def open_source(
         source = _phantom_source(drawn, class_names, phantom_counts, _merged(IntensityRule(), intensity), correction)
         return replace(source, opened_with=opened_with).with_label_list(label_list)
     text = str(dataset_dir)
-    path = download_medmnist(text[len(_MEDMNIST) :], image_size) if text.startswith(_MEDMNIST) else Path(text)
+    by_name = text.startswith(_MEDMNIST)
+    path = download_medmnist(text[len(_MEDMNIST) :], image_size, spatial_dims=spatial_dims) if by_name else Path(text)
     slices = SliceRule.from_options(opened_with) if spatial_dims == 2 else None
     if path.is_dir():
         columns = (image_column, label_column, split_column, patient_column, mask_column)
@@ -375,8 +392,18 @@ def open_source(
         _merged(found.intensity, intensity),
         correction,
     )
-    name = text if text.startswith(_MEDMNIST) else path.resolve().name
-    source = ImageSource(name, items, encoded.class_names, encoded.multi_label, prepare, opened_with=opened_with)
+    name = text if by_name else path.resolve().name
+    named = found.channel_names is not None and len(found.channel_names) == prepare.in_channels
+    source = ImageSource(
+        name,
+        items,
+        encoded.class_names,
+        encoded.multi_label,
+        prepare,
+        channel_names=found.channel_names if named else None,
+        opened_with=opened_with,
+        has_parts=any(record.part is not None for record in records),
+    )
     return source.with_label_list(label_list)
 
 
@@ -411,4 +438,6 @@ def _phantom_source(
     prepare = ImagePreprocessing(
         phantoms.spatial_dims, phantoms.image_size, phantoms.in_channels, intensity, correction
     )
-    return ImageSource(f"phantoms of seed {phantoms.seed}", items, list(phantoms.class_names), False, prepare, phantoms)
+    names = None if phantoms.channel_names is None else list(phantoms.channel_names)
+    title = f"phantoms of seed {phantoms.seed}"
+    return ImageSource(title, items, list(phantoms.class_names), False, prepare, phantoms, names)

@@ -45,6 +45,7 @@ __all__ = [
     "AutoencoderPrepareBatch",
     "AutoencoderReport",
     "ReconstructionPictures",
+    "check_autoencoder_folder",
     "evaluate_reconstruction",
     "make_perceptual",
     "reconstruction_metrics",
@@ -206,25 +207,32 @@ def make_perceptual(
         raise ValueError(f"make_perceptual: {weights} holds no weights of ResNet-50: {error}") from error
 
 
-def start_autoencoder(ckpt_dir: str | Path, resume: str | Path | None = None) -> None:
-    """Make room for an autoencoder that is about to be trained: a new run removes an old one.
+def check_autoencoder_folder(ckpt_dir: str | Path) -> None:
+    """Refuse to train an autoencoder where a diffusion model needs the one that is there.
 
     Args:
         ckpt_dir: folder of `autoencoder.pt` and `autoencoder.json`.
-        resume: the checkpoint a run goes on from: what there is stays until its first validation.
 
     Raises:
-        ValueError: when a trained diffusion model in the folder needs the autoencoder there.
+        ValueError: when a trained diffusion model in the folder works on its latents.
     """
     folder = Path(ckpt_dir)
     if (folder / "model.pt").is_file() and ModelDescription.load(folder / "model.json").autoencoder is not None:
         raise ValueError(
-            f"start_autoencoder: {folder} holds a diffusion model on the latents of the {WEIGHTS} there, which a new "
-            "one would make useless. Choose another folder (--ckpt_dir), or remove model.pt first."
+            f"check_autoencoder_folder: {folder} holds a diffusion model on the latents of the {WEIGHTS} there, which "
+            "a new one would make useless. Choose another folder (--ckpt_dir), or remove model.pt first."
         )
-    if resume is None:
-        for name in (WEIGHTS, DESCRIPTION):
-            (folder / name).unlink(missing_ok=True)
+
+
+def start_autoencoder(ckpt_dir: str | Path) -> None:
+    """Make room for the first weights that the training of an autoencoder is about to write: an old one goes.
+
+    Args:
+        ckpt_dir: folder of `autoencoder.pt` and `autoencoder.json`.
+    """
+    check_autoencoder_folder(ckpt_dir)
+    for name in (WEIGHTS, DESCRIPTION):
+        (Path(ckpt_dir) / name).unlink(missing_ok=True)
 
 
 class AutoencoderReport:

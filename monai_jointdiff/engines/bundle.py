@@ -24,18 +24,21 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from monai_jointdiff.data import BalancedOrder, DrawOrder, ImageSource, ShuffledOrder
+from monai_jointdiff.data import BalancedOrder, DrawOrder, ImageSource, ShuffledOrder, labelled_names
 from monai_jointdiff.engines.prepare_batch import TASKS
+from monai_jointdiff.networks import HEADS
 
 __all__ = [
     "PretrainedReport",
     "announce",
+    "check_image_size",
     "check_options",
     "class_weights",
     "draw_order",
     "epoch_length",
     "find_bundle_root",
     "freeze_encoder",
+    "head_classes",
     "json_word",
     "load_pretrained",
     "load_weights",
@@ -165,7 +168,9 @@ def check_options(
     compile: bool = False,
     balance: str = "none",
     task: str = "joint",
+    head: str = "standardized",
     frozen_without_weights: bool = False,
+    num_workers: int = 0,
     **counts: float | None,
 ) -> None:
     """Refuse options that would be ignored or fail late.
@@ -176,7 +181,9 @@ def check_options(
         balance: `none`, `weights` (class weights in the loss) or `sampler` (classes drawn equally often).
         task: `joint`, `denoise` or `classify`. One half alone is refused in several processes: the other half has no
             gradient, and DistributedDataParallel wants one of every weight.
+        head: variant of the head, one of :data:`~monai_jointdiff.networks.HEADS`.
         frozen_without_weights: the encoder is to be frozen, but nothing is loaded into it. Refused.
+        num_workers: processes that load images, 0 or more.
         counts: numbers that must be positive, or None.
 
     Raises:
@@ -190,6 +197,8 @@ def check_options(
         raise ValueError(f"check_options: --balance is {balance!r}, it must be 'none', 'weights' or 'sampler'.")
     if task not in TASKS:
         raise ValueError(f"check_options: --task is {task!r}, it must be one of {', '.join(TASKS)}.")
+    if head not in HEADS:
+        raise ValueError(f"check_options: --head is {head!r}, it must be one of {', '.join(HEADS)}.")
     if task != "joint" and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         raise ValueError(
             f"check_options: --task {task} leaves half of the network without gradients, which several processes "
@@ -197,9 +206,59 @@ def check_options(
         )
     if frozen_without_weights:
         raise ValueError("check_options: --freeze_encoder needs --pretrained: it would freeze random weights.")
+    if num_workers < 0:
+        raise ValueError(f"check_options: --num_workers must be at least 0, got {num_workers!r}.")
     for name, value in counts.items():
         if value is not None and not value > 0:
             raise ValueError(f"check_options: --{name} must be greater than 0, got {value!r}.")
+
+
+def check_image_size(image_size: Sequence[int], num_levels: int, name: str = "--image_size") -> None:
+    """Refuse a size that cannot be halved at every level of the network.
+
+    Args:
+        image_size: of an image, or of its latents.
+        num_levels: levels L of the network; each but the first halves the size.
+        name: what has this size, for the message.
+
+    Raises:
+        ValueError: when a size is not a multiple of 2^(L-1).
+    """
+    factor = 2 ** (num_levels - 1)
+    if any(size % factor for size in image_size):
+        raise ValueError(
+            f"check_image_size: a network of {num_levels} levels halves the image {num_levels - 1} times; each number "
+            f"of {name} must be a multiple of {factor}, got {' x '.join(map(str, image_size))}."
+        )
+
+
+def head_classes(source: ImageSource, task: str = "joint") -> int:
+    """Number of logits of the head: one for each class.
+
+    A network that only denoises has a head, too, which learns nothing: its images need no labels, and where there are
+    fewer than two classes it has two logits in their place.
+
+    Args:
+        source: the data.
+        task: `joint`, `denoise` or `classify`.
+
+    Returns:
+        K.
+
+    Raises:
+        ValueError: when a head is to learn one class alone, which is no choice.
+    """
+    least = 1 if source.multi_label else 2
+    if task == "denoise":
+        return max(least, source.num_classes)
+    if source.num_classes < least:
+        labelled = any(map(labelled_names, source.items.values()))
+        reason = f"all are of the class {source.class_names[0]!r}" if labelled else "no image has a label"
+        raise ValueError(
+            f"head_classes: {source.name} gives the head nothing to choose from: {reason}. Give the classes "
+            "(--class_names a,b), or train without them (--task denoise)."
+        )
+    return source.num_classes
 
 
 def load_weights(path: str | Path) -> dict[str, torch.Tensor]:

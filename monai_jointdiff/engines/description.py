@@ -129,6 +129,12 @@ class ModelDescription:
         return bool(self.network.get("class_conditional", False))
 
     @property
+    def channel_names(self) -> list[str] | None:
+        """Names of the C channels of an image; None where they are not known."""
+        names = self.data.get("channel_names")
+        return None if names is None else list(names)
+
+    @property
     def image_size(self) -> tuple[int, ...]:
         """Rows, columns (2D) or depth, rows, columns (3D)."""
         return tuple(self.data["image_size"])

@@ -29,19 +29,26 @@ from torch import nn
 
 from monai_jointdiff.data import find_images
 from monai_jointdiff.engines.bundle import json_word
-from monai_jointdiff.engines.description import ModelDescription
+from monai_jointdiff.engines.description import Decision, ModelDescription
 from monai_jointdiff.engines.explaining import NamedImagesPrepareBatch, spread
 from monai_jointdiff.engines.reporting import in_words
 from monai_jointdiff.engines.serving import images_to_classify, source_of_model
 from monai_jointdiff.handlers.atomic import atomic_write_text
 from monai_jointdiff.handlers.diffusion_classification import DiffusionPredictionCollector, DiffusionPredictions
-from monai_jointdiff.inferers import DiffusionClassifierInferer, DiffusionClassifierResult, aggregate
+from monai_jointdiff.inferers import (
+    DenoisingProfile,
+    DiffusionClassifierInferer,
+    DiffusionClassifierResult,
+    Typicality,
+    aggregate,
+)
 from monai_jointdiff.metrics import (
     Interval,
     SelectiveReport,
     abstention_threshold,
     bootstrap_intervals,
     classification_report,
+    fit_temperature,
     selective_report,
 )
 from monai_jointdiff.visualize import accuracy_against_calls_figure, format_table, risk_coverage_figure, save_figure
@@ -50,7 +57,9 @@ __all__ = [
     "AbstentionRule",
     "DiffusionClassificationReporter",
     "DiffusionClassifierPrepareBatch",
+    "DrawCalibration",
     "ImagesToDecide",
+    "UnusualRule",
     "answers_of_first_draws",
     "classify_by_diffusion",
     "conditional_description",
@@ -62,6 +71,7 @@ __all__ = [
 _CLASSIFIER = "diffusion classifier"
 _FIRST_DRAWS = (1, 3, 5, 11, 25, 51, 101, 251, 501)  # of Favero et al.'s ablation
 _SAME = 5e-7  # relative: shares of votes that differ by rounding are equal, as in metrics.selective
+_FEWEST = 20  # reference images on which a temperature or a 95 % quantile is worth something
 _OVERLAY = "train.json and train_conditional.json of this bundle, together"
 
 
@@ -92,7 +102,7 @@ def conditional_description(ckpt_dir: str | Path, untrained: str | Path) -> Mode
 
 @dataclass(frozen=True)
 class ImagesToDecide:
-    """Images to classify, and those on which the threshold of abstention is chosen.
+    """Images to classify, and those on which thresholds and temperature are chosen.
 
     Args:
         items: `image`, `label` (-1 where unknown) and `name` of each.
@@ -192,6 +202,7 @@ def classify_by_diffusion(
     seed: int = 0,
     batch_size: int = 64,
     progress: bool | str = False,
+    profile: DenoisingProfile | None = None,
 ) -> DiffusionPredictions:
     """Classify a data set with a stock evaluator.
 
@@ -203,11 +214,12 @@ def classify_by_diffusion(
         seed: of the noise, with the names.
         batch_size: images at once.
         progress: show a progress bar for each batch.
+        profile: taken of each image as well; None: no profiles.
 
     Returns:
         names, labels and results in the order of the data set.
     """
-    collector = DiffusionPredictionCollector()
+    collector = DiffusionPredictionCollector(profile=profile)
     SupervisedEvaluator(
         device=device,
         val_data_loader=DataLoader(dataset, batch_size=batch_size, num_workers=0),
@@ -224,9 +236,10 @@ def classify_by_diffusion(
 def doubt(result: DiffusionClassifierResult, rule: str) -> np.ndarray:
     """By what answers are withheld: the larger, the less certain the answer.
 
-    With the rule `majority` it is the share 1 - p of the votes against the answer. For two answers it orders images as
-    the variance p (1 - p) of a vote does; for more it does not take 30 % of the votes for as certain as 70 %.
-    With the rule `mean` it is the entropy of the probabilities.
+    With the rule `majority` it is 1 minus the probability of the answer: the share 1 - p of the votes against it; where
+    the head answered alone, or is a prior, what its probability or both together leave to other answers. For two
+    answers a share orders images as the variance p (1 - p) of a vote does; for more it does not take 30 % of the votes
+    for as certain as 70 %. With the rule `mean` it is the entropy of the probabilities.
 
     Args:
         result: of the images.
@@ -235,7 +248,7 @@ def doubt(result: DiffusionClassifierResult, rule: str) -> np.ndarray:
     Returns:
         (N,), multi-label (N, K), float64.
     """
-    return np.asarray(1 - result.vote_share if rule == "majority" else result.entropy, dtype=np.float64) + 0.0  # no -0
+    return np.asarray(1 - result.confidence if rule == "majority" else result.entropy, dtype=np.float64) + 0.0  # no -0
 
 
 @dataclass(frozen=True)
@@ -278,12 +291,89 @@ class AbstentionRule:
         return (values > self.threshold) & ~np.isclose(values, self.threshold, rtol=_SAME, atol=0)
 
     def __str__(self) -> str:
-        limit = f"{self.threshold:.1%} of the votes are against the answer"
-        if self.rule != "majority":
-            limit = f"the entropy is {self.threshold:.3g}"
-        return (
-            f"abstains where more than {limit}; with this at least {self.coverage:.0%} of {self.chosen_on} is answered"
+        limit = (
+            f"more than {self.threshold:.1%} of the votes (with the head: of the probability) are against the answer"
         )
+        if self.rule != "majority":
+            limit = f"the entropy is above {self.threshold:.3g}"
+        return f"abstains where {limit}; with this at least {self.coverage:.0%} of {self.chosen_on} is answered"
+
+
+@dataclass(frozen=True)
+class DrawCalibration:
+    """The temperature that makes calibrated probabilities of votes or errors.
+
+    Args:
+        temperature: of :meth:`~monai_jointdiff.inferers.DiffusionClassifierResult.calibrated`.
+        chosen_on: in words, the reference images.
+    """
+
+    temperature: float
+    chosen_on: str
+
+    @classmethod
+    def fit(cls, result: DiffusionClassifierResult, labels: np.ndarray, chosen_on: str) -> DrawCalibration | None:
+        """The temperature under which the known labels of reference images are most likely.
+
+        Args:
+            result: of the reference images.
+            labels: (N,), multi-label (N, K); -1 where unknown.
+            chosen_on: in words, the reference images.
+
+        Returns:
+            the calibration; None where fewer than 20 labels tell anything: known ones of images with draws whose label
+            the head did not rule out.
+        """
+        logits = np.asarray(result.logits, dtype=np.float64).reshape(-1, result.logits.shape[-1])
+        truth = labels.ravel().astype(np.int64)
+        possible = np.isfinite(logits)
+        tells = (truth >= 0) & (possible.sum(axis=1) > 1) & possible[np.arange(len(truth)), truth]
+        if tells.sum() < _FEWEST:
+            return None
+        return cls(fit_temperature(logits[tells], truth[tells]), chosen_on)
+
+    def __str__(self) -> str:
+        return f"calibrated with temperature {self.temperature:.3g}, fitted on {self.chosen_on}"
+
+
+@dataclass(frozen=True)
+class UnusualRule:
+    """Which images are unusual for the network, measured by its errors on images it knows.
+
+    Args:
+        typicality: fitted on the reference images.
+        threshold: of the score, above which an image is unusual.
+        share: of images of the reference's kind that are not above it.
+        chosen_on: in words, the reference images.
+    """
+
+    typicality: Typicality
+    threshold: float
+    share: float
+    chosen_on: str
+
+    @classmethod
+    def fit(cls, profiles: torch.Tensor, chosen_on: str, share: float = 0.95) -> UnusualRule | None:
+        """Fit the distance on all reference images, and the threshold on each fifth as judged by the others.
+
+        Args:
+            profiles: (M, D) of the reference images.
+            chosen_on: in words, these.
+            share: of them that is to pass for usual, in (0, 1).
+
+        Returns:
+            the rule; None for fewer than 20 images.
+        """
+        if len(profiles) < _FEWEST:
+            return None
+        return cls(Typicality.fit(profiles), Typicality.held_out_threshold(profiles, share), share, chosen_on)
+
+    def scores(self, profiles: torch.Tensor) -> np.ndarray:
+        """How unusual each image is, (N,)."""
+        return np.asarray(self.typicality.score(profiles))
+
+    def __str__(self) -> str:
+        return f"unusual above a score of {self.threshold:.3g}, which {self.share:.0%} of {self.chosen_on} stay below"
 
 
 def answers_of_first_draws(result: DiffusionClassifierResult, count: int, rule: str) -> torch.Tensor:
@@ -304,20 +394,35 @@ def answers_of_first_draws(result: DiffusionClassifierResult, count: int, rule: 
 
 
 def write_diffusion_csv(
-    predictions: DiffusionPredictions, abstained: np.ndarray, class_names: Sequence[str], path: str | Path
+    predictions: DiffusionPredictions,
+    abstained: np.ndarray,
+    class_names: Sequence[str],
+    path: str | Path,
+    *,
+    decision: Decision | None = None,
+    calibration: DrawCalibration | None = None,
+    unusual: UnusualRule | None = None,
 ) -> None:
     """One row an image: its relative name, the answer, how certain it is and what it cost.
+
+    Share and variance of the votes are empty where the head answered alone.
 
     Args:
         predictions: names, labels (the label column is written only where some label is known) and results.
         abstained: (N,), multi-label (N, K): whether the answer is withheld.
         class_names: names in the order of the classes.
         path: CSV file, replaced at once.
+        decision: how the head's probabilities become its own answer, where it was asked; None: the most probable.
+        calibration: for calibrated probabilities; None: none are written.
+        unusual: how unusual the images are; None, or predictions without profiles: nothing is written of it.
     """
     result, names = predictions.result, list(class_names)
     columns: dict[str, Sequence[str]] = {"image": predictions.names}
     columns["prediction"] = [in_words(row, names) for row in np.asarray(result.prediction)]
     columns |= _columns("probability", np.asarray(result.probabilities), "{:.6f}", names)
+    if calibration is not None:
+        calibrated = result.calibrated(calibration.temperature)
+        columns |= _columns("calibrated", np.asarray(calibrated), "{:.6f}", names)
     columns |= _columns("votes", np.asarray(result.votes), "{:.0f}", names)
     columns |= _columns("vote_share", np.asarray(result.vote_share), "{:.6f}", names)
     columns |= _columns("uncertainty", np.asarray(result.uncertainty), "{:.6f}", names)
@@ -326,8 +431,15 @@ def write_diffusion_csv(
     columns |= _columns("network_calls", np.asarray(result.network_calls), "{:.0f}", names)
     columns |= _columns("decided", np.asarray(result.decided), "{}", names)
     columns |= _columns("abstain", abstained, "{}", names)
+    if unusual is not None and predictions.profiles is not None:
+        scores = unusual.scores(predictions.profiles)
+        columns |= _columns("unusual_score", scores, "{:.6g}", names)
+        columns |= _columns("unusual", scores > unusual.threshold, "{}", names)
     if result.head_probabilities is not None:
-        columns |= _columns("head", np.asarray(result.head_probabilities), "{:.6f}", names)
+        head = np.asarray(result.head_probabilities)
+        answers = (decision or Decision()).classes(head, result.multi_label)
+        columns["head_prediction"] = [in_words(row, names) for row in answers]
+        columns |= _columns("head", head, "{:.6f}", names)
     if (predictions.labels >= 0).any():
         columns["label"] = [in_words(row, names) for row in predictions.labels]
     text = io.StringIO()
@@ -338,11 +450,11 @@ def write_diffusion_csv(
 
 
 def _columns(name: str, values: np.ndarray, form: str, class_names: Sequence[str]) -> dict[str, list[str]]:
-    """One column of N numbers, or one for each class of (N, K)."""
+    """One column of N numbers, or one for each class of (N, K); NaN leaves its cell empty."""
     if values.ndim == 1:
-        return {name: [form.format(value) for value in values]}
+        return {name: ["" if np.isnan(value) else form.format(value) for value in values]}
     parts = zip(class_names, values.T, strict=True)
-    return {f"{name}_{kind}": [form.format(value) for value in column] for kind, column in parts}
+    return {key: cells for kind, column in parts for key, cells in _columns(f"{name}_{kind}", column, form, ()).items()}
 
 
 @dataclass(frozen=True)
@@ -399,6 +511,7 @@ class DiffusionClassificationReporter:
 
     Writes `diffusion_predictions.csv` and `summary.json`; where labels are known also `risk_coverage.png` and, unless
     the head was a prior, `accuracy_against_calls.png`: the accuracy of the first draws against what they cost.
+    :meth:`fit` learns from reference images when to abstain, which temperature calibrates, and what is unusual.
 
     Args:
         description: of the model.
@@ -407,6 +520,8 @@ class DiffusionClassificationReporter:
         coverage: share of the reference images that is to be answered, in (0, 1].
         bootstrap: number of bootstrap resamples for the 95 % intervals.
         seed: of the noise of the reference images and of the bootstrap.
+        profile: of the reference images, by which others are called unusual; the images to classify need theirs from
+            the same one, see :class:`~monai_jointdiff.handlers.DiffusionPredictionCollector`. None: nothing is.
     """
 
     def __init__(
@@ -417,6 +532,7 @@ class DiffusionClassificationReporter:
         coverage: float = 0.8,
         bootstrap: int = 1000,
         seed: int = 0,
+        profile: DenoisingProfile | None = None,
     ) -> None:
         if not 0 < coverage <= 1:
             raise ValueError(f"{type(self).__name__}: coverage must lie in (0, 1], got {coverage}.")
@@ -426,10 +542,13 @@ class DiffusionClassificationReporter:
         self.coverage = coverage
         self.bootstrap = bootstrap
         self.seed = seed
+        self.profile = profile
         self.abstention: AbstentionRule | None = None
+        self.calibration: DrawCalibration | None = None
+        self.unusual: UnusualRule | None = None
         self.summary: dict[str, Any] = {}
 
-    def choose_abstention(
+    def fit(
         self,
         network: nn.Module,
         images: ImagesToDecide,
@@ -438,7 +557,10 @@ class DiffusionClassificationReporter:
         batch_size: int = 64,
         progress: bool | str = False,
     ) -> None:
-        """Classify the reference images and choose the threshold on them, if they are others than the images.
+        """Classify the reference images, if they are others than the images, and choose on them what is to be chosen.
+
+        The threshold of abstention; where at least 20 of their labels are known, the temperature of the draws; where
+        there is a profile and at least 20 images, what is unusual.
 
         Args:
             network: a class-conditional network.
@@ -451,10 +573,19 @@ class DiffusionClassificationReporter:
         if not images.reference:
             return
         dataset = Dataset(images.reference, preprocessing)
-        found = classify_by_diffusion(network, self.inferer, dataset, device, self.seed, batch_size, progress)
-        self.abstention = AbstentionRule.choose(
-            found.result, self.inferer.rule, self.coverage, f"{images.reference_name} ({len(images.reference)} images)"
+        found = classify_by_diffusion(
+            network, self.inferer, dataset, device, self.seed, batch_size, progress, self.profile
         )
+        chosen_on = f"{images.reference_name} ({len(images.reference)} images)"
+        self.abstention = AbstentionRule.choose(found.result, self.inferer.rule, self.coverage, chosen_on)
+        self.calibration = DrawCalibration.fit(found.result, found.labels, chosen_on)
+        self.unusual = None if found.profiles is None else UnusualRule.fit(found.profiles, chosen_on)
+        if self.calibration is None:
+            print(
+                f"not calibrated: fewer than {_FEWEST} labels of {chosen_on} tell how right the draws are", flush=True
+            )
+        if self.unusual is None and self.profile is not None:
+            print(f"no image is called unusual: fewer than {_FEWEST} images are {chosen_on}", flush=True)
 
     def __call__(self, predictions: DiffusionPredictions) -> None:
         """Write everything.
@@ -466,17 +597,30 @@ class DiffusionClassificationReporter:
         abstention = self.abstention or AbstentionRule.choose(result, rule, self.coverage, "the images themselves")
         abstained = abstention.abstains(result)
         names = self.description.class_names
-        write_diffusion_csv(predictions, abstained, names, self.output_dir / "diffusion_predictions.csv")
+        write_diffusion_csv(
+            predictions,
+            abstained,
+            names,
+            self.output_dir / "diffusion_predictions.csv",
+            decision=self.description.decision,
+            calibration=self.calibration,
+            unusual=self.unusual,
+        )
         self.summary = {
             "images": len(predictions.names),
             "settings": _settings(self.inferer),
             **_costs(result),
             "abstention": {**asdict(abstention), "abstained": float(abstained.mean())},
         }
+        if self.calibration is not None:
+            self.summary["calibrated"] = asdict(self.calibration)
+        if self.unusual is not None and predictions.profiles is not None:
+            self.summary["unusual"] = _unusual(self.unusual, predictions.profiles)
         if (predictions.labels >= 0).any():
             self._evaluate(predictions, abstained)
         atomic_write_text(self.output_dir / "summary.json", json.dumps(self.summary, indent=4) + "\n")
-        print(f"\n{abstention}\n{self._table()}", flush=True)
+        rules = [str(rule) for rule in (abstention, self.calibration, self.unusual) if rule is not None]
+        print("", *rules, self._table(), sep="\n", flush=True)
 
     def _evaluate(self, predictions: DiffusionPredictions, abstained: np.ndarray) -> None:
         """Figures and pictures of images with labels."""
@@ -491,13 +635,18 @@ class DiffusionClassificationReporter:
         self.summary["accuracy_of_answered"] = float(right[answered].mean()) if answered.any() else None
         self.summary["selective"] = selective.as_dict()
         self.summary |= self._figures(np.asarray(result.probabilities), labels)
+        if self.calibration is not None:
+            calibrated = np.asarray(result.calibrated(self.calibration.temperature))
+            self.summary["calibrated"] |= self._figures(calibrated, labels)
         points = self._accuracy_by_calls(result, questions)
         if result.head_probabilities is not None:
             head = _Questions.of(result.head_probabilities, labels)
-            said = head.probabilities.argmax(axis=1)
-            report = head.report(1 - head.probabilities.max(axis=1), said, self.bootstrap, self.seed)
+            probabilities = np.asarray(result.head_probabilities)
+            said = self.description.decision.classes(probabilities, result.multi_label).ravel()
+            doubts = 1 - head.probabilities[np.arange(len(said)), said]
+            report = head.report(doubts, said, self.bootstrap, self.seed)
             curves["head"] = report.curve
-            figures = self._figures(np.asarray(result.head_probabilities), labels)
+            figures = self._figures(probabilities, labels)
             self.summary["head"] = {"selective": report.as_dict(), **figures}
             points["head"] = {1.0: report.accuracy[0]}
         save_figure(risk_coverage_figure(curves), self.output_dir / "risk_coverage.png")
@@ -537,17 +686,31 @@ class DiffusionClassificationReporter:
         rows = {"images": self.summary["images"], "network calls per image": self.summary["network_calls"]["mean"]}
         rows["seconds per image"] = self.summary["seconds_per_image"]
         rows["share withheld"] = self.summary["abstention"]["abstained"]
+        if "unusual" in self.summary:
+            rows["share unusual"] = self.summary["unusual"]["flagged"]
         if "selective" in self.summary:
             rows["accuracy"] = self.summary["selective"]["accuracy_at_coverage"][0]["value"]
             rows["accuracy of what is answered"] = self.summary["accuracy_of_answered"]
             rows |= {name: self.summary[name]["value"] for name in ("auc", "ece", "brier")}
+            if "calibrated" in self.summary:
+                rows |= {f"{name}, calibrated": self.summary["calibrated"][name]["value"] for name in ("ece", "brier")}
             rows["aurc"] = self.summary["selective"]["aurc"]["value"]
         return format_table([{"figure": name, "value": value} for name, value in rows.items()])
 
 
 def _settings(inferer: DiffusionClassifierInferer) -> dict[str, Any]:
-    names = ("num_draws", "draws", "rule", "timesteps", "error_rate", "min_draws", "head", "trust", "temperature")
-    return {name: getattr(inferer, name) for name in names}
+    names = ("num_draws", "draws", "rule", "timesteps", "error_rate", "min_draws", "stages", "head", "trust")
+    return {name: getattr(inferer, name) for name in (*names, "temperature", "head_temperature")}
+
+
+def _unusual(rule: UnusualRule, profiles: torch.Tensor) -> dict[str, Any]:
+    return {
+        "draws": profiles.shape[1],
+        "share": rule.share,
+        "threshold": rule.threshold,
+        "chosen_on": rule.chosen_on,
+        "flagged": float((rule.scores(profiles) > rule.threshold).mean()),
+    }
 
 
 def _costs(result: DiffusionClassifierResult) -> dict[str, Any]:

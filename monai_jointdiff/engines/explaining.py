@@ -16,29 +16,41 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Hashable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from monai.engines import PrepareBatch
+from monai.inferers import Inferer
+from torch import nn
 
 from monai_jointdiff.data import draw_seed
-from monai_jointdiff.engines.bundle import json_word
+from monai_jointdiff.engines.bundle import json_word, load_weights
 from monai_jointdiff.engines.description import ModelDescription
-from monai_jointdiff.engines.serving import images_to_classify
+from monai_jointdiff.engines.first_stage import weights_fingerprint
+from monai_jointdiff.engines.serving import images_to_classify, load_trained, require_trained, space_of_model
+from monai_jointdiff.inferers import CounterfactualInferer, CounterfactualResult, JointDiffusionInferer, LatentSpace
 
 __all__ = [
     "CounterfactualPrepareBatch",
+    "CounterfactualTargets",
+    "HeadJudge",
     "NamedImagesPrepareBatch",
     "class_of_target",
     "class_to_generate",
+    "fingerprint_of_model",
     "images_to_explain",
+    "open_oracle",
     "question_in_words",
     "spread",
 ]
 
+ALL = "all"  # as --target: every other answer, side by side
+
 _Item = TypeVar("_Item")
 
+_SAME_FOR_ORACLE = ("class_names", "multi_label", "image_size", "in_channels", "intensity", "bias_correction")
 _PRESENCE = {True: "present", False: "absent", None: "the opposite of what it is"}
 
 
@@ -92,8 +104,9 @@ def class_to_generate(description: ModelDescription, class_label: int | str | No
         return None
     if not description.class_conditional:
         raise ValueError(
-            f"class_to_generate: --class_label is {class_label!r}, but the model is not class-conditional. Train one "
-            "that is with train.json and train_conditional.json of the bundle."
+            f"class_to_generate: --class_label is {class_label!r}, but the model is not class-conditional. Let its "
+            "head lead to the class (--rule classifier), or train one that is with train.json and "
+            "train_conditional.json of the bundle."
         )
     if not description.multi_label:
         return index
@@ -105,7 +118,7 @@ def question_in_words(description: ModelDescription, target: int | str | None, e
 
     Args:
         description: of the model.
-        target: as for :func:`class_of_target`.
+        target: as for :func:`class_of_target`, or `all`: every other class, or every label, in turn.
         enforce: True: the target is to be present; False: absent; None: present, or for a model of several labels the
             opposite of what it is.
 
@@ -113,9 +126,16 @@ def question_in_words(description: ModelDescription, target: int | str | None, e
         a sentence.
 
     Raises:
-        ValueError: for an unknown target, or none where one is needed.
+        ValueError: for an unknown target, none where one is needed, or `enforce` false of all classes.
     """
-    index, wanted = class_of_target(target, description.class_names), _flag(enforce)
+    wanted = _flag(enforce)
+    if _is_all(target, description.class_names):
+        if description.multi_label:
+            return f"For each label in turn: what would have to change for it to be {_PRESENCE[wanted]}?"
+        if wanted is False:
+            raise ValueError("question_in_words: --target all asks for every other class; --enforce false needs one.")
+        return "For each other class in turn: what would have to change for it?"
+    index = class_of_target(target, description.class_names)
     if index is None:
         if description.multi_label or wanted is False:
             raise ValueError(
@@ -140,7 +160,7 @@ def images_to_explain(
         options: as for :func:`~monai_jointdiff.engines.images_to_classify`.
 
     Returns:
-        items with `image`, `label` and `name`.
+        items with `image`, `label` and `name`, and `mask` where it is known.
 
     Raises:
         ValueError: when there is nothing to explain, or the limit is below 1.
@@ -215,7 +235,8 @@ class CounterfactualPrepareBatch(NamedImagesPrepareBatch):
 
     Args:
         class_names: names in the order of the logits.
-        target: as for :func:`class_of_target`, the same for all images.
+        target: as for :func:`class_of_target`, the same for all images; or `all`, for
+            :class:`CounterfactualTargets`.
         enforce: True: the target is to be present; False: absent; None: present, or in a model of several labels the
             opposite of what it is.
         seed: of the noise.
@@ -233,8 +254,160 @@ class CounterfactualPrepareBatch(NamedImagesPrepareBatch):
         seed: int = 0,
         progress: bool | str = False,
     ) -> None:
-        wanted = class_of_target(target, class_names)
+        wanted = ALL if _is_all(target, class_names) else class_of_target(target, class_names)
         super().__init__(seed, "counterfactual", progress, target=wanted, enforce=_flag(enforce))
+
+
+class CounterfactualTargets(Inferer):
+    """Counterfactuals toward one target, or toward each of them from the same encoding, so that they compare.
+
+    Args:
+        inferer: makes the counterfactuals.
+        num_labels: of a network of several labels their number K; None: classes exclude each other.
+    """
+
+    def __init__(self, inferer: CounterfactualInferer, num_labels: int | None = None) -> None:
+        super().__init__()
+        self.inferer = inferer
+        self.num_labels = num_labels
+
+    def __call__(  # type: ignore[override]
+        self,
+        inputs: torch.Tensor,
+        network: nn.Module,
+        target: int | str | None = None,
+        enforce: bool | None = True,
+        **keywords: Any,
+    ) -> tuple[CounterfactualResult, ...]:
+        """Make the counterfactuals of a batch.
+
+        Args:
+            inputs: images (N, C, *spatial) in [-1, 1].
+            network: the joint network.
+            target: as for the inferer, the same for all images; or `"all"`: of each image every class other than the
+                predicted one, the most probable first; of a network of several labels every label in turn.
+            enforce: as for the inferer.
+            keywords: further arguments of the inferer, such as the seed: the same for all targets.
+
+        Returns:
+            the results, one for each target.
+
+        Raises:
+            ValueError: for another text.
+        """
+        if not isinstance(target, str):
+            return (self.inferer(inputs, network, target, enforce, **keywords),)
+        if target != ALL:
+            raise ValueError(f"CounterfactualTargets: target must be an index, None or {ALL!r}, got {target!r}.")
+        if self.num_labels is not None:
+            return tuple(self.inferer(inputs, network, k, enforce, **keywords) for k in range(self.num_labels))
+        one = self.inferer(inputs, network, None, True, **keywords)
+        return (one, *(self.inferer(inputs, network, other, True, **keywords) for other in _other_classes(one)))
+
+
+def _other_classes(one: CounterfactualResult) -> list[list[int]]:
+    """Of each image the classes that are neither predicted nor the target, the most probable first, (K - 2, N)."""
+    p = one.probabilities
+    done = torch.stack([p.argmax(1), torch.tensor(one.record.target, device=p.device)], dim=1)
+    order = p.scatter(1, done, 2.0).argsort(dim=1, descending=True, stable=True)[:, 2:]
+    found: list[list[int]] = order.T.tolist()
+    return found
+
+
+class HeadJudge:
+    """Probabilities of images by the head of a trained network, as its training left them: without temperature.
+
+    Args:
+        network: the network.
+        description: of it.
+        space: where it works.
+        autocast_dtype: type to run the network in under autocast; None for its own precision.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        description: ModelDescription,
+        space: LatentSpace,
+        autocast_dtype: torch.dtype | None = None,
+    ) -> None:
+        self.network = network
+        self.multi_label = description.multi_label
+        scheduler = description.build_scheduler("ddim")
+        self.inferer = JointDiffusionInferer(scheduler, autocast_dtype, space.autoencoder, space.scale_factor)
+
+    @torch.no_grad()
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """Classify.
+
+        Args:
+            images: (N, C, *spatial) in [-1, 1], on any device.
+
+        Returns:
+            (N, K) on the CPU.
+        """
+        device = next(self.network.parameters()).device
+        logits = self.inferer.classify(images.to(device), self.network).double().cpu()
+        return logits.sigmoid() if self.multi_label else logits.softmax(1)
+
+
+def fingerprint_of_model(ckpt_dir: str | Path | None) -> str | None:
+    """The identity of trained weights.
+
+    Args:
+        ckpt_dir: folder of `model.pt`; None: no model.
+
+    Returns:
+        :func:`~monai_jointdiff.engines.weights_fingerprint` of them; None where there are none.
+    """
+    path = None if ckpt_dir is None else Path(ckpt_dir) / "model.pt"
+    return weights_fingerprint(load_weights(path)) if path is not None and path.is_file() else None
+
+
+def open_oracle(
+    oracle_dir: str | Path | None, description: ModelDescription, ckpt_dir: str | Path, device: torch.device
+) -> HeadJudge | None:
+    """Another trained model, to judge the counterfactuals of the first; only its head is asked.
+
+    Args:
+        oracle_dir: folder of its `model.pt` and `model.json`; None (`null`): there is none.
+        description: of the model that is explained.
+        ckpt_dir: folder of that model.
+        device: for the oracle.
+
+    Returns:
+        the oracle; None without a folder.
+
+    Raises:
+        ValueError: when there is no trained model that learned to classify, it is the very model that is explained, or
+            it takes other images or knows other classes.
+    """
+    oracle_dir = json_word(oracle_dir)
+    if oracle_dir is None:
+        return None
+    require_trained(oracle_dir, program="any model of the same images and classes will do")
+    if fingerprint_of_model(oracle_dir) == fingerprint_of_model(ckpt_dir):
+        raise ValueError(
+            "open_oracle: --oracle has the weights of the model that is explained. A judge must be another model, best "
+            "of another architecture, seed or training."
+        )
+    judge = ModelDescription.load(Path(oracle_dir) / "model.json")
+    judge.require("classify")
+    different = [key for key in _SAME_FOR_ORACLE if judge.data.get(key) != description.data.get(key)]
+    if different:
+        raise ValueError(
+            "open_oracle: --oracle must take the same images and know the same classes as the model, but it differs in "
+            + "; ".join(f"{key}: {judge.data.get(key)} instead of {description.data.get(key)}" for key in different)
+            + "."
+        )
+    network = judge.build_network().to(device)
+    load_trained(network, oracle_dir)
+    return HeadJudge(network, judge, space_of_model(judge, oracle_dir, device))
+
+
+def _is_all(target: int | str | None, class_names: Sequence[str]) -> bool:
+    """Whether every target is meant; a class of that name comes first."""
+    return target == ALL and ALL not in class_names
 
 
 def _flag(value: bool | str | None) -> bool | None:

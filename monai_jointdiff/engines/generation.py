@@ -27,8 +27,10 @@ from monai.utils import optional_import
 from torch import nn
 
 from monai_jointdiff.data import draw_seed
+from monai_jointdiff.engines.bundle import json_word
+from monai_jointdiff.engines.description import ModelDescription
 from monai_jointdiff.handlers.atomic import atomic_write_text
-from monai_jointdiff.inferers import JointDiffusionInferer
+from monai_jointdiff.inferers import RULES, ClassifierGuidance, Guidance, JointDiffusionInferer, RepresentationGuidance
 from monai_jointdiff.metrics import GaussianReference, frechet_distance, kernel_distance
 from monai_jointdiff.visualize import format_table, image_grid, save_png
 
@@ -37,11 +39,17 @@ __all__ = [
     "SamplingInferer",
     "compare_generation",
     "draw_samples",
+    "guidance_to_generate",
     "noise_of_draws",
     "write_generation",
 ]
 
 tqdm, _ = optional_import("tqdm", name="tqdm")
+
+_HEAD_RULES: dict[str, tuple[type[Guidance], float]] = {  # with the strength where none is given
+    "classifier": (ClassifierGuidance, 3.0),
+    "representation": (RepresentationGuidance, 100.0),
+}
 
 
 def noise_of_draws(draws: Sequence[int], shape: Sequence[int], seed: int) -> torch.Tensor:
@@ -61,6 +69,41 @@ def noise_of_draws(draws: Sequence[int], shape: Sequence[int], seed: int) -> tor
     return noise
 
 
+def guidance_to_generate(
+    description: ModelDescription, rule: str, target: int | None, scale: float | str | None = None
+) -> Guidance | None:
+    """The rule by which the head of a network leads samples to a class.
+
+    Args:
+        description: of the model.
+        rule: `classifier` (gradient on the estimate of the clean image), `representation` (on the encoder's maps), or
+            `class_free` (the class condition, not the head).
+        target: class to generate; of several labels the one to be present.
+        scale: strength, above 0. None: 3 for `classifier`, 100 for `representation`.
+
+    Returns:
+        the rule; None for `class_free`.
+
+    Raises:
+        ValueError: for an unknown rule, a rule of the head without a class or for a model without a trained head, and
+            a strength that is not positive or that `class_free` does not know.
+    """
+    name, strength = "guidance_to_generate", json_word(scale)
+    if rule not in RULES:
+        raise ValueError(f"{name}: --rule is {rule!r}, it must be one of {', '.join(RULES)}.")
+    if rule not in _HEAD_RULES:
+        if strength is not None:
+            raise ValueError(f"{name}: --rule {rule} has --guidance_scale; --scale is of {', '.join(_HEAD_RULES)}.")
+        return None
+    description.require("classify")
+    kind, usual = _HEAD_RULES[rule]
+    if target is None:
+        raise ValueError(f"{name}: --rule {rule} leads to a class: --class_label is needed.")
+    if strength is not None and not strength > 0:
+        raise ValueError(f"{name}: --scale must be greater than 0, got {strength!r}.")
+    return kind(target, usual if strength is None else strength)
+
+
 class SamplingInferer(Inferer):
     """Inferer whose input is noise and whose output is images, so that a stock evaluator generates.
 
@@ -74,6 +117,7 @@ class SamplingInferer(Inferer):
         class_labels: class to generate, for a class-conditional network; of several labels K entries 1, 0 or -1 (open).
             None leaves the class open.
         guidance_scale: classifier-free guidance scale (1: none).
+        guidance: rule by which the head leads to a class. None: none.
         progress: show a progress bar over the steps.
     """
 
@@ -85,6 +129,7 @@ class SamplingInferer(Inferer):
         seed: int = 0,
         class_labels: int | Sequence[int] | None = None,
         guidance_scale: float = 1.0,
+        guidance: Guidance | None = None,
         progress: bool = False,
     ) -> None:
         super().__init__()
@@ -94,6 +139,7 @@ class SamplingInferer(Inferer):
         self.seed = seed
         self.class_labels = class_labels
         self.guidance_scale = guidance_scale
+        self.guidance = guidance
         self.progress = progress
 
     def __call__(self, inputs: torch.Tensor, network: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:  # type: ignore[override]
@@ -121,6 +167,7 @@ class SamplingInferer(Inferer):
             self.scheduler,
             class_labels=labels,
             guidance_scale=self.guidance_scale,
+            guidance=self.guidance,
             generator=generator,
             progress=self.progress,
         )

@@ -14,6 +14,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 import re
@@ -133,12 +134,15 @@ class LabelEfficiencyStudy:
     """Trains a bundle for each algorithm, number of labels and draw of the labels, and puts the results together.
 
     Every training is a process of its own (`python -m monai.bundle run`) with a folder of its own in `runs`. A training
-    that is complete has a `run.json` there and is not repeated: a study that was interrupted goes on where it was. The
-    seed of the trainings is the same in all, and with it the division of the data and the test part; draws differ in
-    which training images have a label, and the intervals say how much that matters, no more.
+    that is complete has a `run.json` there and is not repeated: a study that was interrupted goes on where it was, and
+    one with more draws or numbers of labels adds to what is there. The seed of the trainings is the same in all, and
+    with it the division of the data and the test part; draws differ in which training images have a label, and the
+    intervals say how much that matters, no more.
 
-    After every training the files are written anew: `label_efficiency.json` (settings, means, trainings),
-    `label_efficiency.csv` (a row for each training) and `label_efficiency.png`.
+    After every training the files are written anew, of all complete trainings in the folder with the same options:
+    `label_efficiency.json` (settings, means, trainings), `label_efficiency.csv` (a row for each training) and
+    `label_efficiency.png`. Of the place of the data and of the configuration files a hash stands among the options:
+    trainings of other data of the same name, or by changed configurations, are not mixed.
 
     Args:
         config_files: the configurations of a training with few labels, the overlay last.
@@ -150,9 +154,9 @@ class LabelEfficiencyStudy:
         options: further options of all trainings, of plain values; None among them leaves the training's default.
 
     Raises:
-        ValueError: for an empty list, one with something twice, a number of labels below 1, an unknown algorithm, or an
-            option that the study sets itself or that is not plain; when run, for a folder with trainings of other
-            options.
+        ValueError: for an empty list, one with something twice, a number of labels below 1, an unknown algorithm, a
+            configuration file that is missing, or an option that the study sets itself or that is not plain; when run,
+            for a folder with one of its trainings by other options, or configurations that change meanwhile.
     """
 
     def __init__(
@@ -177,18 +181,23 @@ class LabelEfficiencyStudy:
         except TypeError as error:
             raise ValueError(f"{self._name}: options must be plain values, got {given}: {error}") from error
         self.config_files = [str(file) for file in config_files]
+        missing = [file for file in self.config_files if not Path(file).is_file()]
+        if missing:
+            raise ValueError(f"{self._name}: there is no configuration file {missing[0]}.")
         self.output_dir = Path(output_dir)
         self.runs = [LabelRun(a, n, seed) for seed in label_seeds for n in sorted(counts) for a in algorithms]
         self.options = {**QUICK, **given, "validation_count": "labelled" if fair_validation else None}
+        self.described = self._described()
 
     def run(self) -> list[LabelRunResult]:
         """Make the trainings that are missing, and write the results after each.
 
         Returns:
-            of all trainings, in the order in which they are made: draw by draw, so that each draw adds a whole picture.
+            of the trainings asked for, in the order in which they are made: draw by draw, so that each draw adds a
+            whole picture.
 
         Raises:
-            ValueError: when a folder holds a training of other options.
+            ValueError: when a folder holds a training of other options, or a configuration file has changed meanwhile.
             RuntimeError: when a training fails; its log is named, and its errors are quoted.
         """
         results: list[LabelRunResult] = []
@@ -198,8 +207,8 @@ class LabelEfficiencyStudy:
             print(f"[{number}/{len(self.runs)}] {run}" + (" (complete)" if known else ""), flush=True)
             results.append(known or self._train(run))
             if known is None or number == len(self.runs):
-                self._write(results)
-        print(f"\n{self._table(results)}\n\nnumbers and picture: {self.output_dir}", flush=True)
+                self._write(self._complete())
+        print(f"\n{self._table(self._complete())}\n\nnumbers and picture: {self.output_dir}", flush=True)
         return results
 
     def command(self, run: LabelRun) -> list[str]:
@@ -235,8 +244,22 @@ class LabelEfficiencyStudy:
         """The options as results show them: without the places of this machine."""
         shown = {name: value for name, value in self.options.items() if name != "bundle_root"}
         if "dataset_dir" in shown:
-            shown["dataset_dir"] = Path(str(shown["dataset_dir"])).name
+            path = Path(str(shown["dataset_dir"]))
+            place = str(path.resolve()) if path.exists() else str(path)  # medmnist:NAME is no path
+            shown |= {"dataset_dir": path.name, "dataset_fingerprint": _fingerprint(place.encode())}
+        files = [Path(file).read_bytes() for file in self.config_files]
+        shown["config_fingerprint"] = _fingerprint(*files)
         return dict(json.loads(json.dumps(shown)))
+
+    def _complete(self) -> list[LabelRunResult]:
+        """All trainings in the folder that have these options, draw by draw, also those of earlier calls."""
+        found = []
+        for file in (self.output_dir / "runs").glob(f"*/{RECORD}"):
+            content = json.loads(file.read_text(encoding="utf-8"))
+            if content.pop("options") == self.described:
+                found.append(LabelRunResult(LabelRun(**content.pop("run")), **content))
+        order = list(dict.fromkeys([*(run.algorithm for run in self.runs), *ALGORITHMS]))
+        return sorted(found, key=lambda one: (one.run.label_seed, one.run.num_labels, order.index(one.run.algorithm)))
 
     def _stored(self, run: LabelRun) -> LabelRunResult | None:
         """The result of a training that is complete."""
@@ -244,7 +267,7 @@ class LabelEfficiencyStudy:
         if not file.is_file():
             return None
         content = json.loads(file.read_text(encoding="utf-8"))
-        before, now = content.pop("options"), self._described()
+        before, now = content.pop("options"), self.described
         changed = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
         if changed:
             differences = ", ".join(f"{name} was {before.get(name)!r}, is {now.get(name)!r}" for name in changed)
@@ -252,9 +275,11 @@ class LabelEfficiencyStudy:
                 f"{self._name}: {file.parent} holds a training of other options ({differences}); take another "
                 "output_dir, or remove the folder."
             )
-        return LabelRunResult(run, **content)
+        return LabelRunResult(LabelRun(**content.pop("run")), **content)
 
     def _train(self, run: LabelRun) -> LabelRunResult:
+        if self._described() != self.described:
+            raise ValueError(f"{self._name}: a configuration file has changed since the study began; start another.")
         folder = self._folder(run)
         shutil.rmtree(folder, ignore_errors=True)  # of a training that was interrupted
         folder.mkdir(parents=True)
@@ -270,8 +295,8 @@ class LabelEfficiencyStudy:
             )
         minutes = (time.perf_counter() - started) / 60
         result = _read(run, folder / "output", minutes)
-        content = {name: value for name, value in asdict(result).items() if name != "run"}
-        atomic_write_text(folder / RECORD, json.dumps({"options": self._described(), **content}, indent=4) + "\n")
+        content = {"options": self.described, **asdict(result)}
+        atomic_write_text(folder / RECORD, json.dumps(content, indent=4) + "\n")
         for checkpoint in (folder / "models").glob("checkpoint_*.pt"):
             checkpoint.unlink()  # nothing goes on from here; model.pt and model.json stay
         return result
@@ -283,7 +308,8 @@ class LabelEfficiencyStudy:
             for point in summarize_label_runs(results)
         ]
         rows = [result.as_row() for result in results]
-        content = {"settings": {"trainings": len(self.runs), **self._described()}, "means": means, "runs": rows}
+        asked = {*self.runs, *(result.run for result in results)}
+        content = {"settings": {"trainings": len(asked), **self.described}, "means": means, "runs": rows}
         atomic_write_text(self.output_dir / "label_efficiency.json", json.dumps(content, indent=4) + "\n")
         text = io.StringIO()
         writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
@@ -298,6 +324,11 @@ class LabelEfficiencyStudy:
     def _table(self, results: Sequence[LabelRunResult]) -> str:
         points = summarize_label_runs(results)
         return format_table([{FIGURES.get(name, name): _cell(v) for name, v in point.items()} for point in points])
+
+
+def _fingerprint(*contents: bytes) -> str:
+    """Hash of contents, in their order."""
+    return "sha256:" + hashlib.sha256(b"".join(hashlib.sha256(content).digest() for content in contents)).hexdigest()
 
 
 def _cell(value: Any) -> Any:

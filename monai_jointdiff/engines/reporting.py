@@ -18,6 +18,7 @@ import io
 import json
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,8 @@ from monai_jointdiff.visualize import (
 )
 
 __all__ = ["ClassificationReporter", "choose_decision", "write_predictions_csv"]
+
+_FEWEST_PATIENTS = 10  # percentiles over fewer resampled groups cover well below 95 %
 
 
 def choose_decision(predictions: Predictions, multi_label: bool, chosen_on: str) -> Decision:
@@ -117,17 +120,28 @@ def in_words(value: Any, names: Sequence[str]) -> str:
     return "|".join(name for name, hot in zip(names, value, strict=True) if hot == 1)
 
 
+def _notes_on_patients(groups: Sequence[str] | None) -> list[str]:
+    """How images of one patient were taken into account."""
+    if groups is None:
+        return []
+    count = len(set(groups))
+    if count < _FEWEST_PATIENTS:
+        return [f"{count} patients are too few for intervals (at least {_FEWEST_PATIENTS})"]
+    return [f"intervals are those of {count} resampled patients, whose images belong together"]
+
+
 class ClassificationReporter:
     """Consumer of predictions that writes numbers, table and pictures of a classification.
 
     Writes `metrics.json`, `predictions.csv`, `roc.png` (where some class has images with and without it),
     `reliability.png`, `confusion.png`, and `risk_coverage.png`: how right the decisions are when those with the largest
-    predictive entropy are withheld.
+    predictive entropy are withheld. Where several images are of one patient, the intervals are those of resampled
+    patients; of fewer than ten there are none.
 
     Args:
         description: class names and decision rule (or a callable that returns them when the predictions are there).
         output_dir: folder for the files.
-        part: name of the part of the data, for titles.
+        part: name of the part of the data, for titles; `all`: all parts.
         bootstrap: number of bootstrap resamples for the 95 % intervals.
         seed: seed of the bootstrap.
     """
@@ -162,26 +176,32 @@ class ClassificationReporter:
         labelled = predictions.labelled(description.multi_label)
         if not len(labelled.labels):
             raise ValueError(
-                f"{type(self).__name__}: no image of the {self.part} part has a label to evaluate against."
+                f"{type(self).__name__}: no image of {self._part_in_words()} has a label to evaluate against."
             )
+        groups = labelled.groups
+        too_few = groups is not None and len(set(groups)) < _FEWEST_PATIENTS
+        resampling: dict[str, Any] = {
+            "bootstrap": 0 if too_few else self.bootstrap,
+            "seed": self.seed,
+            "groups": groups,
+        }
         probabilities = description.decision.probabilities(labelled.logits, description.multi_label)
-        self.report = classification_report(
+        report = classification_report(
             probabilities,
             labelled.labels,
             thresholds=description.decision.thresholds,
             class_names=description.class_names,
             multi_label=description.multi_label,
-            bootstrap=self.bootstrap,
-            seed=self.seed,
+            **resampling,
         )
+        self.report = replace(report, notes=(*report.notes, *_notes_on_patients(groups)))
         self.selective = selective_report(
             probabilities,
             predictive_entropy(probabilities, description.multi_label),
             labelled.labels,
             decided=description.decision.classes(probabilities, description.multi_label),
-            bootstrap=self.bootstrap,
-            seed=self.seed,
             multi_label=description.multi_label,
+            **resampling,
         )
         self._write_numbers(description)
         self._draw(description, probabilities, labelled.labels)
@@ -197,7 +217,10 @@ class ClassificationReporter:
         }
         atomic_write_text(self.output_dir / "metrics.json", json.dumps(content, indent=4) + "\n")
         withheld = "where the most uncertain images are withheld"
-        print(f"\n{self.part} part\n{report.table()}\n\n{withheld}\n{selective.table()}", flush=True)
+        print(f"\n{self._part_in_words()}\n{report.table()}\n\n{withheld}\n{selective.table()}", flush=True)
+
+    def _part_in_words(self) -> str:
+        return "all parts" if self.part == "all" else f"the {self.part} part"
 
     def _draw(self, description: ModelDescription, probabilities: np.ndarray, labels: np.ndarray) -> None:
         names = description.class_names

@@ -264,6 +264,8 @@ def view_transforms(
 ) -> Compose:
     """The random transforms that make the weak view for the labelled images, and the views of a term.
 
+    The strong view is made of the weak one (Sohn et al., "FixMatch", arXiv 2001.07685, section 2.3).
+
     Args:
         weak: makes `image_cls`, the weak view.
         views: keys of the views of a term; those other than `image_cls` and `image_strong` are further weak views.
@@ -275,7 +277,7 @@ def view_transforms(
     """
     dims = weak.spatial_dims
     further = [
-        StrongAugmentation(dims, num_operations, magnitude, new_key=view)
+        StrongAugmentation(dims, num_operations, magnitude, key=weak.new_key, new_key=view)
         if view == "image_strong"
         else ClassificationAugmentation(dims, weak.strength, weak.flip, new_key=view)
         for view in views

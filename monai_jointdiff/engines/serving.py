@@ -42,6 +42,7 @@ __all__ = [
     "images_to_classify",
     "load_trained",
     "noise_items",
+    "part_in_words",
     "preprocessing_of_model",
     "require_trained",
     "source_of_model",
@@ -121,24 +122,18 @@ def space_of_model(description: ModelDescription, ckpt_dir: str | Path, device: 
     return FirstStage.load(Path(ckpt_dir) / WEIGHTS, device, description.autoencoder).space
 
 
-def start_model(
-    description: ModelDescription,
-    ckpt_dir: str | Path,
-    resume: str | Path | None = None,
-    first_stage: FirstStage | None = None,
-) -> None:
-    """Write the description of the model that is about to be trained; a new run removes the weights of an old one.
+def start_model(description: ModelDescription, ckpt_dir: str | Path, first_stage: FirstStage | None = None) -> None:
+    """Make room for the first weights that a training is about to write, and describe them.
 
-    Weights and description in a folder thus belong together at any time.
+    The weights of an earlier run go only now, so that a run that fails before loses nothing, and weights and
+    description in a folder belong together at any time.
 
     Args:
-        description: of the network to be trained.
+        description: of the network in training.
         ckpt_dir: folder of `model.pt` and `model.json`.
-        resume: the checkpoint a run goes on from: its weights stay.
         first_stage: of a network on latents the autoencoder, which is copied to the folder.
     """
-    if resume is None:
-        (Path(ckpt_dir) / "model.pt").unlink(missing_ok=True)
+    (Path(ckpt_dir) / "model.pt").unlink(missing_ok=True)
     if first_stage is not None:
         first_stage.save(ckpt_dir)
     description.save(Path(ckpt_dir) / "model.json")
@@ -174,6 +169,29 @@ def source_of_model(description: ModelDescription, dataset_dir: str | int | None
     return source
 
 
+def part_in_words(source: ImageSource, part: str) -> str:
+    """What is evaluated, for the user to see how much of the data it is.
+
+    Args:
+        source: labelled data.
+        part: `train`, `val`, `test` or `all`.
+
+    Returns:
+        a sentence.
+
+    Raises:
+        ValueError: for another part, or one without images.
+    """
+    count, total = len(source.part(part)), len(source.part("all"))
+    if part == "all":
+        return f"evaluated: all {total} images"
+    drawn = "" if source.has_parts else ", drawn by the seed as for training"
+    return (
+        f"evaluated: the {part} part{drawn}: {count} of {total} images "
+        "(of data that the model was not trained on take all: --part all)"
+    )
+
+
 def images_to_classify(
     dataset_dir: str | int | None, description: ModelDescription, seed: int | None = None, **options: Any
 ) -> list[dict[Hashable, Any]]:
@@ -181,30 +199,35 @@ def images_to_classify(
 
     Args:
         dataset_dir: an image file; a folder, with all image files in it and its sub-folders; what :func:`open_source`
-            takes otherwise (its test part).
+            takes otherwise: its test part, or all images where the data do not say in which part they are.
         description: of the model.
         seed: of the phantoms; None: that of the training.
         options: those of :func:`~monai_jointdiff.data.open_source` that say which files make up an image and how
-            volumes are cut; None, or not given: the training's.
+            volumes are cut; None, or not given: the training's. Masks of files are read where `mask_column` is given.
 
     Returns:
         items with `image`, `label` (missing, for files) and `name`, the path relative to the folder, for slices with
-        their number (`head.nii.gz#slice_077`).
+        their number (`head.nii.gz#slice_077`); and `mask` where it is known.
 
     Raises:
         ValueError: when there is nothing to classify.
     """
     path = None if dataset_dir is None else Path(str(dataset_dir))
     if path is None or path.suffix == ".npz" or not path.exists():
-        return list(source_of_model(description, dataset_dir, seed=seed, **options).part("test"))
+        source = source_of_model(description, dataset_dir, seed=seed, **options)
+        return list(source.part("test" if source.has_parts else "all"))
     given = {key: value for key, value in options.items() if value is not None}
     known = {**description.data.get("opened_with", {}), **given}
     slices = SliceRule.from_options(known) if description.data["spatial_dims"] == 2 else None
-    records = list_images(path, known.get("image_column", "file"), slices)
+    records = list_images(path, known.get("image_column", "file"), slices, given.get("mask_column"))
     if not records:
         raise ValueError(f"images_to_classify: {path} holds no images (JPEG, PNG, DICOM, NIfTI, NRRD).")
     missing: Any = [-1.0] * len(description.class_names) if description.multi_label else -1
-    return [{"image": record.image, "label": missing, "name": record.name} for record in records]
+    return [
+        {"image": record.image, "label": missing, "name": record.name}
+        | ({} if record.mask is None else {"mask": record.mask})
+        for record in records
+    ]
 
 
 def preprocessing_of_model(description: ModelDescription, seed: int | None = None) -> Compose:

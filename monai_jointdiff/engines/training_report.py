@@ -117,6 +117,7 @@ class TrainingReport:
         floor: also fit the PCA + logistic regression floor (needs scikit-learn).
         best: the handler that wrote `model.pt`; None takes the file as it is.
         evaluator: the validation with `best` among its handlers.
+        progress: show a progress bar while it generates.
     """
 
     def __init__(
@@ -136,6 +137,7 @@ class TrainingReport:
         floor: bool = True,
         best: BestModel | None = None,
         evaluator: SupervisedEvaluator | None = None,
+        progress: bool = True,
     ) -> None:
         self.source = source
         self.network = network
@@ -152,6 +154,7 @@ class TrainingReport:
         self.floor = floor
         self.best = best
         self.evaluator = evaluator
+        self.progress = progress
 
     def run(self) -> dict[str, Any] | None:
         """Write model.json, all numbers and pictures.
@@ -231,7 +234,9 @@ class TrainingReport:
             print(f"no distances of generated images: {count} images to compare, at least 2 are needed", flush=True)
             return {}
         shape = self.description.noise_shape
-        samples = draw_samples(self.network, self.sampling, shape, count, self.batch_size, self.seed, self.device)
+        samples = draw_samples(
+            self.network, self.sampling, shape, count, self.batch_size, self.seed, self.device, self.progress
+        )
         features = RandomConvFeatures(self.source.spatial_dims, self.source.in_channels)
         rows = compare_generation(samples, train, test, features, self.seed)
         write_generation(rows, samples, test, type(features).__name__, self.output_dir)

@@ -33,7 +33,7 @@ from .loss_terms import LossTerms
 from .predictions import PredictionCollector, Predictions
 from .pseudo_labels import PseudoLabelRound, PseudoLabelRounds
 from .sample_images import FixedNoiseSampler, SampleImages
-from .schedules import LearningRateSchedule, WeightSchedule
+from .schedules import LearningRateSchedule, UnlabelledWeightSchedule, WeightSchedule
 from .stopping import EarlyStop, TimeLimit
 
 __all__ = [
@@ -62,6 +62,7 @@ __all__ = [
     "SampleImages",
     "Stateful",
     "TimeLimit",
+    "UnlabelledWeightSchedule",
     "WeightSchedule",
     "atomic_save",
     "atomic_write_text",

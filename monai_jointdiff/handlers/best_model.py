@@ -14,7 +14,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +27,19 @@ from .utils import is_writing_process, unwrap_network
 
 __all__ = ["BestModel"]
 
+KEEP = ("best", "last")
+
 
 class BestModel:
-    """Handler of an evaluator: keeps the weights with the best validation metric in a file.
+    """Handler of an evaluator: keeps the weights with the best validation metric, or the last ones, in a file.
 
     The file holds the plain state dict on the CPU, readable with `torch.load(..., weights_only=True)`, and is replaced
-    in one step. A metric that is NaN is never the best; of equal values the first is kept. Under several processes the
+    in one step. A metric that is NaN is never kept; of equally good values the first is. Under several processes the
     metric must be the same in all (MONAI's metric handlers gather), and rank 0 writes.
+
+    The last weights are the better choice where the validation part is so small that which epoch is best is chance.
+
+    Until this run has weights to keep, a file of an earlier run stays as it is: a run that fails loses nothing.
 
     The weights are part of the state, so a run resumed in another folder, or from a checkpoint older than the file,
     ends with the right file, too.
@@ -44,9 +50,15 @@ class BestModel:
         metric_name: key in the evaluator's `state.metrics`.
         larger_is_better: which direction is better.
         filename: of the file.
+        keep: ``best`` by the metric, or ``last``.
+        before_first: called once, before this run writes the file for the first time: makes room, and writes what says
+            how to use the weights.
+
+    Raises:
+        ValueError: for another `keep`.
 
     Attributes:
-        value: the best metric, None before the first.
+        value: the metric of the weights kept, None before the first.
         epoch: of the training when it was reached.
         iteration: of the training when it was reached; None if `model` is a network, which does not know it.
     """
@@ -58,8 +70,13 @@ class BestModel:
         metric_name: str,
         larger_is_better: bool = True,
         filename: str = "model.pt",
+        keep: str = "best",
+        before_first: Callable[[], object] | None = None,
     ) -> None:
+        if keep not in KEEP:
+            raise ValueError(f"BestModel: keep must be one of {', '.join(KEEP)}, got {keep!r}.")
         self.model = model
+        self.keep = keep
         self.metric_name = metric_name
         self.larger_is_better = larger_is_better
         self.path = Path(directory) / filename
@@ -67,6 +84,7 @@ class BestModel:
         self.epoch: int | None = None
         self.iteration: int | None = None
         self._weights: dict[str, Tensor] | None = None
+        self._before_first = before_first
 
     def attach(self, engine: Engine) -> None:
         """Register with the evaluator that validates."""
@@ -94,8 +112,8 @@ class BestModel:
         self._write()
 
     def is_better(self, value: float) -> bool:
-        """Whether a value would be the new best."""
-        if math.isnan(value) or self.value is None:
+        """Whether the weights of this value would be kept in place of those before."""
+        if math.isnan(value) or self.value is None or self.keep == "last":
             return not math.isnan(value)
         return value > self.value if self.larger_is_better else value < self.value
 
@@ -125,5 +143,9 @@ class BestModel:
             sweep_partial_files(self.path.parent)
 
     def _write(self) -> None:
-        if is_writing_process():
-            atomic_save(self._weights, self.path)
+        if not is_writing_process():
+            return
+        if self._before_first is not None:
+            self._before_first()
+            self._before_first = None
+        atomic_save(self._weights, self.path)

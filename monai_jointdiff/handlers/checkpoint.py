@@ -74,7 +74,8 @@ class ResumableCheckpoint:
         interval: iterations between two files within an epoch; None: only at the end of epochs.
         keep: number of files to keep, >= 1.
         resume: file to start from; None: from the beginning.
-        options: what must be equal in the run that wrote `resume` and in this one, for example seed and batch size.
+        options: what must be equal in the run that wrote `resume` and in this one, for example seed, batch size, data
+            and the network's arguments; dictionaries are compared entry by entry, so that a message names the entry.
         further: other parts with a state by name; their state dicts hold tensors and plain values only.
 
     Raises:
@@ -199,7 +200,7 @@ class ResumableCheckpoint:
         now = {"epoch_length": epoch_length, **self.options}
         parts = {name: content[name] is not None for name in ("ema", "best")} | dict.fromkeys(content["further"], True)
         expected = {"ema": self.ema is not None, "best": self.best is not None} | dict.fromkeys(self.further, True)
-        was, is_ = {**saved, **parts}, {**now, **expected}
+        was, is_ = _flat({**saved, **parts}), _flat({**now, **expected})
         differing = sorted(name for name in {*was, *is_} if was.get(name) != is_.get(name))
         if differing:
             changes = "; ".join(f"{name} was {was.get(name)!r}, is {is_.get(name)!r}" for name in differing)
@@ -238,6 +239,14 @@ class ResumableCheckpoint:
         done = self._completed % _epoch_length(engine)
         if done and done % getattr(engine, "accumulation_steps", 1) == 0:
             self.save(self._completed, _epoch_length(engine))
+
+
+def _flat(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Entries of nested dictionaries as `outer.inner`."""
+    flat: dict[str, Any] = {}
+    for name, value in options.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return flat
 
 
 def _epoch_length(engine: Engine) -> int:

@@ -19,7 +19,8 @@ import csv
 import io
 import json
 import re
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from torch import nn
 
 from monai_jointdiff.data.restoring import OriginalGrid, nifti_bytes, original_grid
 from monai_jointdiff.inferers import CounterfactualInferer, CounterfactualRecord, CounterfactualResult
+from monai_jointdiff.metrics import CounterfactualFigures, counterfactual_figures
 from monai_jointdiff.visualize import (
     CounterfactualCase,
     counterfactual_panel,
@@ -49,7 +51,8 @@ _LONGEST_NAME = 80  # characters of a folder's name
 _LOOKED_AT = 256  # items of a data set among which the pictures of a training are chosen
 _SUFFIXES = re.compile(r"\.(nii\.gz|[A-Za-z0-9]{1,5})$")
 
-_WRITTEN = re.compile(r"(counterfactual|reconstruction|difference|region)(_channel\d+)?\.(png|nii\.gz)$")
+_WRITTEN = re.compile(r"((counterfactual|reconstruction|difference|region)(_channel\d+)?\.(png|nii\.gz)|record\.json)$")
+_Classify = Callable[[torch.Tensor], torch.Tensor]
 
 
 class CounterfactualWriter:
@@ -60,6 +63,8 @@ class CounterfactualWriter:
     ================================== ================================================================================
     `index.html`                       all cases on one page (:func:`~monai_jointdiff.visualize.counterfactual_report`)
     `counterfactuals.csv`              a row for each case
+    `metrics.json`                     all figures of the run (:class:`~monai_jointdiff.metrics.CounterfactualFigures`),
+                                       where there is a judge
     `cases/<name>/panel.png`           the case as a picture
     `cases/<name>/record.json`         what is needed to make it again, see :func:`read_counterfactual_records`
     `cases/<name>/counterfactual.*`    the counterfactual on the pixels of the original file
@@ -72,10 +77,12 @@ class CounterfactualWriter:
     lies in a patient (DICOM, NIfTI, NRRD) and of volumes they are `.nii.gz` files with the axes and the affine of the
     original and float32 values in [-1, 1]. Of all others they are 8-bit `.png` files: -1 is black, 1 is white; of the
     difference 128 is no change, and 255 and 0 are a change of +2 and -2; images of other than 1 or 3 channels are one
-    file a channel.
+    file a channel. Of an image that was brought to several targets, all but panel and reconstruction are in folders
+    `cases/<name>/to_<target>`.
 
     The evaluator must not decollate; its output's `pred` is a :class:`~monai_jointdiff.inferers.CounterfactualResult`,
-    its batch has `name`, and if they are known `label` and `mask` (the true finding, outlined in the pictures).
+    or a tuple of them, the same batch for several targets (:class:`~monai_jointdiff.engines.CounterfactualTargets`).
+    Its batch has `name`, and if they are known `label` and `mask` (the true finding, outlined in the pictures).
 
     Args:
         output_dir: folder for the files.
@@ -84,7 +91,15 @@ class CounterfactualWriter:
             phantom) and `name`; None: arrays are written on the pixels of the network.
         multi_label: whether the classes are independent labels.
         title: of the page.
-        channel_names: of the channels, for images of other than 1 or 3; None: they are not named.
+        channel_names: of the channels, shown for images of other than 1 or 3; None: they are not named.
+        judge: the model that was explained, which maps images (B, C, *spatial) to probabilities (B, K), as
+            :class:`~monai_jointdiff.engines.HeadJudge` does; None: no figures are measured.
+        oracle: an independent classifier, in the same way; None: there is none.
+        oracle_id: identity of its weights, for `metrics.json`.
+        batch_size: images for each call of judge and oracle.
+
+    Raises:
+        ValueError: for an oracle without a judge.
     """
 
     def __init__(
@@ -95,59 +110,95 @@ class CounterfactualWriter:
         multi_label: bool = False,
         title: str = "Counterfactual explanations",
         channel_names: Sequence[str] | None = None,
+        judge: _Classify | None = None,
+        oracle: _Classify | None = None,
+        oracle_id: str | None = None,
+        batch_size: int = 64,
     ) -> None:
+        if oracle is not None and judge is None:
+            raise ValueError("CounterfactualWriter: an oracle stands beside a judge, the model itself; got none.")
         self.output_dir = Path(output_dir)
         self.class_names = list(class_names)
         self.originals = None if items is None else {item["name"]: item["image"] for item in items}
         self.multi_label = multi_label
         self.title = title
         self.channel_names = channel_names
-        self.cases: list[CounterfactualCase] = []
-        self._settings = ""
-        self._folders: set[str] = set()
+        self.judge = judge
+        self.oracle = oracle
+        self.oracle_id = oracle_id
+        self.batch_size = batch_size
+        self._reset()
 
     def attach(self, engine: Engine) -> None:
         """Register with an evaluator that does not decollate (`decollate: false`)."""
-        engine.add_event_handler(Events.EPOCH_STARTED, self._reset)
+        engine.add_event_handler(Events.EPOCH_STARTED, lambda engine: self._reset())
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._write)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._finish)
 
-    def _reset(self, engine: Engine) -> None:
-        self.cases, self._settings, self._folders = [], "", set()
+    def _reset(self) -> None:
+        self.cases: list[tuple[CounterfactualCase, ...]] = []  # of each image, a case for each target
+        self._settings = ""
+        self._shown_names: Sequence[str] | None = None
+        self._folders: set[str] = set()
+        self._measured: list[_Measured] = []
 
     def _write(self, engine: Engine) -> None:
         output: Any = engine.state.output
         batch: Any = engine.state.batch
-        result: CounterfactualResult = output["pred"]
-        self._settings = _settings_in_words(result.record)
-        masks, labels = batch.get("mask"), batch.get("label")
-        for index, name in enumerate(batch["name"]):
-            case = CounterfactualCase.of(
-                result,
-                index,
-                self.class_names,
-                multi_label=self.multi_label,
-                name=name,
-                mask=None if masks is None else masks[index],
-                label=None if labels is None else self._label_in_words(labels[index]),
+        results: tuple[CounterfactualResult, ...]
+        results = output["pred"] if isinstance(output["pred"], tuple) else (output["pred"],)
+        self._settings = _settings_in_words(results[0].record)
+        names, masks, labels = list(batch["name"]), batch.get("mask"), batch.get("label")
+        one_picture = results[0].image.shape[1] in (1, 3)
+        self._shown_names = None if one_picture else self.channel_names
+        for index, name in enumerate(names):
+            parts: dict[str, Any] = {
+                "multi_label": self.multi_label,
+                "name": name,
+                "mask": None if masks is None else masks[index],
+                "label": None if labels is None else self._label_in_words(labels[index]),
+            }
+            cases = (
+                CounterfactualCase.of_targets(results, index, self.class_names, **parts)
+                if len(results) > 1
+                else (CounterfactualCase.of(results[0], index, self.class_names, **parts),)
             )
-            folder = self.output_dir / "cases" / self._folder_name(name)
-            self._write_case(folder, case, result, index)
-            self.cases.append(case)
+            self._write_image(self.output_dir / "cases" / self._folder_name(name), cases, results, index, names)
+            self.cases.append(cases)
+        if self.judge is not None:
+            self._measured += [_Measured.of(result, names, masks) for result in results]
 
-    def _write_case(self, folder: Path, case: CounterfactualCase, result: CounterfactualResult, index: int) -> None:
-        for stale in [path for path in folder.glob("*") if _WRITTEN.match(path.name)]:
-            stale.unlink()  # of an earlier run, which may have had a region or another kind of file
-        atomic_write_bytes(folder / "panel.png", png_bytes(counterfactual_panel(case, self.channel_names)))
-        images = {name: _array(getattr(result, name)[index]) for name in ("counterfactual", "reconstruction")}
-        images["difference"] = _array(result.difference[index])
-        grid = self._grid(case.name, images["counterfactual"])
-        restored = {name: grid.restore(image) for name, image in images.items()}
+    def _write_image(
+        self,
+        folder: Path,
+        cases: Sequence[CounterfactualCase],
+        results: Sequence[CounterfactualResult],
+        index: int,
+        names: list[str],
+    ) -> None:
+        """All files of one image."""
+        for stale in [path for path in (*folder.glob("*"), *folder.glob("to_*/*")) if _WRITTEN.match(path.name)]:
+            stale.unlink()  # of an earlier run, which may have had a region, other targets or another kind of file
+        atomic_write_bytes(folder / "panel.png", png_bytes(counterfactual_panel(cases, self._shown_names)))
+        grid = self._grid(cases[0].name, _array(results[0].counterfactual[index]))
+        _write_image(folder, "reconstruction", grid.restore(_array(results[0].reconstruction[index])), grid)
+        taken: set[str] = set()
+        for case, result in zip(cases, results, strict=True):
+            inner = folder if len(cases) == 1 else folder / f"to_{_free_name(case.class_names[case.target], taken)}"
+            self._write_target(inner, result, index, names, grid)
+
+    def _write_target(
+        self, folder: Path, result: CounterfactualResult, index: int, names: list[str], grid: OriginalGrid
+    ) -> None:
+        """What there is of one image and one target."""
+        restored = {
+            name: grid.restore(_array(getattr(result, name)[index])) for name in ("counterfactual", "difference")
+        }
         if result.region is not None:
             restored["region"] = (grid.restore(_array(result.region[index])) > 0.5).astype(np.float32)
         for name, image in restored.items():
             _write_image(folder, name, image, grid)
-        content = {"name": case.name, **result.record.of_image(index)}
+        content = {"name": names[index], **result.record.of_image(index), "batch": names}
         if result.record.region is not None:
             content["region"] = _pack(result.record.region[index])
         atomic_write_text(folder / "record.json", json.dumps(content, indent=4) + "\n")
@@ -161,15 +212,8 @@ class CounterfactualWriter:
         return original_grid(original, len(spatial))
 
     def _folder_name(self, name: str) -> str:
-        """A name below `cases` that no other case has, on systems that do not tell A from a either."""
-        flat = _SUFFIXES.sub("", name).replace("/", "__")
-        plain = re.sub(r"[^\w-]+", "_", flat)[-_LONGEST_NAME:].strip("_") or "case"
-        chosen, number = plain, 1
-        while chosen.casefold() in self._folders:
-            number += 1
-            chosen = f"{plain}-{number}"
-        self._folders.add(chosen.casefold())
-        return chosen
+        """A name below `cases` that no other case has."""
+        return _free_name(_SUFFIXES.sub("", name).replace("/", "__"), self._folders)
 
     def _label_in_words(self, label: Any) -> str | None:
         """The true class or labels; None where they are unknown."""
@@ -181,18 +225,44 @@ class CounterfactualWriter:
         return ", ".join(name for name, value in zip(self.class_names, values, strict=True) if value == 1) or "none"
 
     def _finish(self, engine: Engine) -> None:
+        figures = self._figures()
+        if figures is not None:
+            content = {"oracle_id": self.oracle_id, **figures.as_dict()}
+            atomic_write_text(self.output_dir / "metrics.json", json.dumps(content, indent=4) + "\n")
         atomic_write_text(self.output_dir / "counterfactuals.csv", self._table())
-        page = counterfactual_report(self.cases, self.title, self._settings, self.channel_names)
+        page = counterfactual_report(self.cases, self.title, self._settings, self._shown_names, figures)
         atomic_write_text(self.output_dir / "index.html", page)
+
+    def _figures(self) -> CounterfactualFigures | None:
+        """All figures of the run; None without a judge."""
+        if self.judge is None:
+            return None
+        every = _Measured.joined(self._measured)
+        several = len(set(every.names)) < len(every.names)
+        return counterfactual_figures(
+            every.images,
+            every.reconstructions,
+            every.counterfactuals,
+            every.target,
+            every.enforce,
+            classify=self.judge,
+            oracle=self.oracle,
+            masks=every.masks,
+            multi_label=self.multi_label,
+            class_names=self.class_names,
+            groups=every.names if several else None,
+            batch_size=self.batch_size,
+        )
 
     def _table(self) -> str:
         stages = ("image", "reconstruction", "counterfactual")
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         probabilities = [f"probability_{name}_{stage}" for stage in stages for name in self.class_names]
-        figures = ["reached", "scale", "l1_input", "l1_reconstruction", "l1_encoding", "network_calls", "seconds"]
+        figures = ["reached", "already", "scale", "l1_input", "l1_reconstruction", "l1_encoding"]
+        figures += ["network_calls", "seconds"]
         writer.writerow(["image", "label", "prediction", "target", "enforce", *probabilities, *figures])
-        for case in self.cases:
+        for case in (case for cases in self.cases for case in cases):
             values = (
                 *case.probabilities,
                 *case.probabilities_reconstruction,
@@ -202,11 +272,50 @@ class CounterfactualWriter:
             writer.writerow(
                 [case.name, case.label or "", case.prediction, target, case.enforce]
                 + [f"{value:.6f}" for value in values]
-                + [case.reached, f"{case.scale:.6g}"]
+                + [case.reached, case.already, f"{case.scale:.6g}"]
                 + [f"{value:.6f}" for value in (case.l1_input, case.l1_reconstruction, case.l1_encoding)]
                 + [f"{case.network_calls:.1f}", f"{case.seconds:.3f}"]
             )
         return text.getvalue()
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """What the figures are measured on, of one batch and one target; all on the CPU."""
+
+    images: torch.Tensor
+    reconstructions: torch.Tensor
+    counterfactuals: torch.Tensor
+    masks: torch.Tensor | None
+    target: tuple[int, ...]
+    enforce: tuple[bool, ...]
+    names: tuple[str, ...]
+
+    @classmethod
+    def of(cls, result: CounterfactualResult, names: Sequence[str], masks: Any) -> _Measured:
+        shape = (len(names), 1, *result.image.shape[2:])
+        return cls(
+            images=_tensor(result.image),
+            reconstructions=_tensor(result.reconstruction),
+            counterfactuals=_tensor(result.counterfactual),
+            masks=None if masks is None else (_tensor(masks).reshape(shape) > 0.5).float(),
+            target=result.record.target,
+            enforce=result.record.enforce,
+            names=tuple(names),
+        )
+
+    @classmethod
+    def joined(cls, parts: Sequence[_Measured]) -> _Measured:
+        masks = [part.masks for part in parts if part.masks is not None]
+        return cls(
+            images=torch.cat([part.images for part in parts]),
+            reconstructions=torch.cat([part.reconstructions for part in parts]),
+            counterfactuals=torch.cat([part.counterfactuals for part in parts]),
+            masks=torch.cat(masks) if len(masks) == len(parts) else None,
+            target=tuple(value for part in parts for value in part.target),
+            enforce=tuple(value for part in parts for value in part.enforce),
+            names=tuple(value for part in parts for value in part.names),
+        )
 
 
 class CounterfactualImages:
@@ -306,25 +415,8 @@ def read_counterfactual_records(paths: Sequence[str | Path]) -> CounterfactualRe
         ValueError: for no file, or files of runs with other settings.
     """
     contents = [json.loads(Path(path).read_text(encoding="utf-8")) for path in paths]
-    shared = ("rule", "encoding", "inversion_iterations", "timesteps", "confined")
-    different = [key for key in shared if any(content[key] != contents[0][key] for content in contents)]
-    if not contents or different:
-        raise ValueError(
-            "read_counterfactual_records: at least one file expected, all of one run, got "
-            f"{len(contents)} that differ in {', '.join(different) or 'nothing'}."
-        )
-    first = contents[0]
-    return CounterfactualRecord(
-        target=tuple(content["target"] for content in contents),
-        enforce=tuple(content["enforce"] for content in contents),
-        scale=tuple(content["scale"] for content in contents),
-        rule=first["rule"],
-        encoding=first["encoding"],
-        inversion_iterations=first["inversion_iterations"],
-        seeds=tuple(content["seed"] for content in contents),
-        timesteps=tuple(first["timesteps"]),
-        region=torch.stack([_unpack(content["region"]) for content in contents]) if first["confined"] else None,
-    )
+    regions = [_unpack(content["region"]) for content in contents if "region" in content]
+    return CounterfactualRecord.of_images(contents, torch.stack(regions) if regions else None)
 
 
 def _pack(region: torch.Tensor) -> dict[str, Any]:
@@ -358,6 +450,21 @@ def _write_image(folder: Path, name: str, image: np.ndarray, grid: OriginalGrid)
         return
     for number, channel in enumerate(shown):
         atomic_write_bytes(folder / f"{name}_channel{number}.png", png_bytes(to_tile(channel[None])))
+
+
+def _free_name(text: str, taken: set[str]) -> str:
+    """A file name like the text that is not taken, on systems that do not tell A from a either; taken from now on."""
+    plain = re.sub(r"[^\w-]+", "_", text)[-_LONGEST_NAME:].strip("_") or "case"
+    chosen, number = plain, 1
+    while chosen.casefold() in taken:
+        number += 1
+        chosen = f"{plain}-{number}"
+    taken.add(chosen.casefold())
+    return chosen
+
+
+def _tensor(image: Any) -> torch.Tensor:
+    return torch.from_numpy(_array(torch.as_tensor(image)))
 
 
 def _array(image: torch.Tensor) -> np.ndarray:

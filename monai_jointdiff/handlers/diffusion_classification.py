@@ -22,8 +22,9 @@ from typing import Any
 import numpy as np
 import torch
 from ignite.engine import Engine, Events
+from monai.utils import CommonKeys
 
-from monai_jointdiff.inferers import DiffusionClassifierResult
+from monai_jointdiff.inferers import DenoisingProfile, DiffusionClassifierResult
 from monai_jointdiff.visualize import evidence_panel, save_png
 
 __all__ = ["DiffusionPredictionCollector", "DiffusionPredictions", "EvidenceWriter", "join_results"]
@@ -56,11 +57,13 @@ class DiffusionPredictions:
         names: names of the N images, relative to the folder the user gave.
         labels: (N,) int64, -1 where unknown; multi-label: (N, K), -1 where an entry is unknown.
         result: for all images, without maps of evidence.
+        profiles: (N, D) denoising profiles of the images; None where they were not asked for.
     """
 
     names: list[str]
     labels: np.ndarray
     result: DiffusionClassifierResult
+    profiles: torch.Tensor | None = None
 
 
 class DiffusionPredictionCollector:
@@ -71,14 +74,21 @@ class DiffusionPredictionCollector:
 
     Args:
         consumers: called in turn with the :class:`DiffusionPredictions` when the epoch is complete.
+        profile: taken of each image as well, with the evaluator's network; None: no profiles.
     """
 
-    def __init__(self, consumers: Sequence[Callable[[DiffusionPredictions], Any]] = ()) -> None:
+    def __init__(
+        self,
+        consumers: Sequence[Callable[[DiffusionPredictions], Any]] = (),
+        profile: DenoisingProfile | None = None,
+    ) -> None:
         self.consumers = list(consumers)
+        self.profile = profile
         self.predictions: DiffusionPredictions | None = None
         self._names: list[str] = []
         self._labels: list[torch.Tensor] = []
         self._results: list[DiffusionClassifierResult] = []
+        self._profiles: list[torch.Tensor] = []
 
     def attach(self, engine: Engine) -> None:
         """Register with an evaluator that does not decollate (`decollate: false`)."""
@@ -87,7 +97,7 @@ class DiffusionPredictionCollector:
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._finish)
 
     def _reset(self, engine: Engine) -> None:
-        self._names, self._labels, self._results = [], [], []
+        self._names, self._labels, self._results, self._profiles = [], [], [], []
 
     def _collect(self, engine: Engine) -> None:
         output: Any = engine.state.output
@@ -98,10 +108,14 @@ class DiffusionPredictionCollector:
         label = batch.get("label")
         unknown = torch.full(result.prediction.shape, -1)
         self._labels.append(unknown if label is None else torch.as_tensor(label).cpu())
+        if self.profile is not None:
+            network: Any = engine.network  # type: ignore[attr-defined]
+            self._profiles.append(self.profile(output[CommonKeys.IMAGE], network))
 
     def _finish(self, engine: Engine) -> None:
         labels = torch.cat(self._labels).numpy()
-        self.predictions = DiffusionPredictions(self._names, labels, join_results(self._results))
+        profiles = torch.cat(self._profiles) if self._profiles else None
+        self.predictions = DiffusionPredictions(self._names, labels, join_results(self._results), profiles)
         for consumer in self.consumers:
             consumer(self.predictions)
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from typing import Any
 
 import numpy as np
@@ -32,22 +33,32 @@ class Predictions:
         names: names of the N images, relative to the folder the user gave.
         logits: (N, K) float64.
         labels: (N,) int64, -1 where unknown; multi-label: (N, K), -1 where an entry is unknown.
+        patients: patient of each image, empty where it is not known. None: none is.
     """
 
     names: list[str]
     logits: np.ndarray
     labels: np.ndarray
+    patients: list[str] | None = None
+
+    @property
+    def groups(self) -> list[str] | None:
+        """Keys of images that belong together: the patient, or the image itself. None: no two images do."""
+        known = [patient for patient in self.patients or [] if patient]
+        if len(set(known)) == len(known):
+            return None
+        return [f"patient {patient}" if patient else f"image {n}" for n, patient in enumerate(self.patients or [])]
 
     def labelled(self, multi_label: bool = False) -> Predictions:
         """Only the images with a label (multi-label: with at least one known entry)."""
         known: Any = self.labels >= 0
         known = known.any(axis=1) if multi_label else known
-        names = [name for name, is_known in zip(self.names, known, strict=True) if is_known]
-        return Predictions(names, self.logits[known], self.labels[known])
+        patients = None if self.patients is None else list(compress(self.patients, known))
+        return Predictions(list(compress(self.names, known)), self.logits[known], self.labels[known], patients)
 
 
 class PredictionCollector:
-    """Handler of an evaluator: collects logits, labels and names of an epoch, then hands them to its consumers.
+    """Handler of an evaluator: collects logits, labels, names and patients of an epoch for its consumers.
 
     The network's output is the logits, or a result with an attribute `logits`.
 
@@ -61,6 +72,7 @@ class PredictionCollector:
         self._names: list[str] = []
         self._logits: list[torch.Tensor] = []
         self._labels: list[torch.Tensor] = []
+        self._patients: list[str] = []
 
     def attach(self, engine: Engine) -> None:
         """Register with an evaluator that does not decollate (`decollate: false`)."""
@@ -69,7 +81,7 @@ class PredictionCollector:
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._finish)
 
     def _reset(self, engine: Engine) -> None:
-        self._names, self._logits, self._labels = [], [], []
+        self._names, self._logits, self._labels, self._patients = [], [], [], []
 
     def _collect(self, engine: Engine) -> None:
         output: Any = engine.state.output
@@ -78,11 +90,13 @@ class PredictionCollector:
         logits = getattr(pred, "logits", pred).detach().double().cpu()
         self._logits.append(torch.as_tensor(logits))
         self._names.extend(batch["name"])
+        self._patients.extend(batch.get("patient", [""] * len(logits)))
         label = batch.get("label")
         self._labels.append(torch.full((len(logits),), -1) if label is None else torch.as_tensor(label).cpu())
 
     def _finish(self, engine: Engine) -> None:
         logits = torch.cat(self._logits).numpy()
-        self.predictions = Predictions(self._names, logits, torch.cat(self._labels).numpy())
+        patients = self._patients if any(self._patients) else None
+        self.predictions = Predictions(self._names, logits, torch.cat(self._labels).numpy(), patients)
         for consumer in self.consumers:
             consumer(self.predictions)

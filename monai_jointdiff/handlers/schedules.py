@@ -18,9 +18,9 @@ import math
 from ignite.engine import Engine, Events
 from torch.optim import Optimizer
 
-from monai_jointdiff.losses import JointDiffusionLoss
+from monai_jointdiff.losses import JointDiffusionLoss, SemiSupervisedLoss
 
-__all__ = ["LearningRateSchedule", "WeightSchedule"]
+__all__ = ["LearningRateSchedule", "UnlabelledWeightSchedule", "WeightSchedule"]
 
 
 class LearningRateSchedule:
@@ -100,6 +100,9 @@ class WeightSchedule:
         start: number of iterations without the term, >= 0.
         every: >= 1.
         ramp: number of iterations over which the weight grows, >= 0.
+
+    Raises:
+        ValueError: for a number out of its range; when the run starts, for one that ends before the term begins.
     """
 
     def __init__(self, loss: JointDiffusionLoss, weight: float, start: int = 0, every: int = 1, ramp: int = 0) -> None:
@@ -114,6 +117,7 @@ class WeightSchedule:
 
     def attach(self, engine: Engine) -> None:
         """Register with a trainer."""
+        engine.add_event_handler(Events.STARTED, self._check)
         engine.add_event_handler(Events.ITERATION_STARTED, self)
 
     def weight_at(self, iteration: int) -> float:
@@ -126,3 +130,57 @@ class WeightSchedule:
     def __call__(self, engine: Engine) -> None:
         """Set the weight of the present iteration."""
         self.loss.classification_weight = self.weight_at(engine.state.iteration)
+
+    def _check(self, engine: Engine) -> None:
+        epochs, length = engine.state.max_epochs, engine.state.epoch_length
+        if epochs is not None and length is not None and self.start >= epochs * length:
+            raise ValueError(
+                f"{type(self).__name__}: start is {self.start}, and the training ends after iteration "
+                f"{epochs * length}: the classifier would never learn. Start earlier (--classification_start), or "
+                "train for more epochs."
+            )
+
+
+class UnlabelledWeightSchedule:
+    r"""Handler of a trainer: the weight of the unlabelled term grows along a Gaussian.
+
+    Laine and Aila, "Temporal Ensembling for Semi-Supervised Learning", arXiv 1610.02242, section 2.1 and appendix A:
+    a network that has not learned anything from labels yet must not be held to its first answers. In iteration i of T,
+    counted from 1,
+
+    .. math::
+        \lambda_u(i) = \lambda_u \exp(-5 (1 - t)^2), \qquad t = \min(1, (i - 1) / T)
+
+    which begins at 0.7 % of the weight. Theirs takes 80 of 300 epochs, and steps from one epoch to the next; ours grows
+    in every iteration. Mean Teacher (Tarvainen and Valpola, arXiv 1703.01780) takes the same curve. FixMatch needs
+    none: few answers are above its threshold at first.
+
+    Args:
+        loss: its `unlabelled_weight` is set at the beginning of each iteration.
+        weight: lambda_u >= 0.
+        ramp: T >= 0; 0: the weight is the same throughout.
+
+    Raises:
+        ValueError: for a negative number.
+    """
+
+    def __init__(self, loss: SemiSupervisedLoss, weight: float, ramp: int = 0) -> None:
+        for name, value in (("weight", weight), ("ramp", ramp)):
+            if not value >= 0:
+                raise ValueError(f"UnlabelledWeightSchedule: {name} must be >= 0, got {value}.")
+        self.loss = loss
+        self.weight = weight
+        self.ramp = ramp
+
+    def attach(self, engine: Engine) -> None:
+        """Register with a trainer."""
+        engine.add_event_handler(Events.ITERATION_STARTED, self)
+
+    def weight_at(self, iteration: int) -> float:
+        """The weight in an iteration, counted from 1."""
+        t = min(1.0, (iteration - 1) / self.ramp) if self.ramp else 1.0
+        return self.weight * math.exp(-5 * (1 - t) ** 2)
+
+    def __call__(self, engine: Engine) -> None:
+        """Set the weight of the present iteration."""
+        self.loss.unlabelled_weight = self.weight_at(engine.state.iteration)

@@ -33,11 +33,19 @@ class EarlyStop:
     Args:
         best: which remembers when the metric was best.
         patience: number of epochs, >= 1.
+
+    Raises:
+        ValueError: for less patience, or when not the best weights are kept but the last.
     """
 
     def __init__(self, best: BestModel, patience: int) -> None:
         if not patience >= 1:
             raise ValueError(f"EarlyStop: patience must be >= 1, got {patience}.")
+        if best.keep != "best":
+            raise ValueError(
+                "EarlyStop: where the last weights are kept, there is no best epoch to count from. Give no patience, "
+                "or keep the best weights (--keep best)."
+            )
         self.best = best
         self.patience = patience
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 from .autoencoder import AutoencoderInferer, AutoencoderOutput
 from .chain import Parametrization, ReverseChain
 from .counterfactual import ENCODINGS, RULES, CounterfactualInferer
-from .diffusion_classifier import HEAD_ROLES, DiffusionClassifierInferer, DiffusionClassifierResult
+from .diffusion_classifier import HEAD_ROLES, DiffusionClassifierInferer, DiffusionClassifierResult, replay
 from .draws import DRAWS, NoiseDraws, stratified_timesteps
 from .explanation import CounterfactualQuestion, CounterfactualRecord, CounterfactualResult
 from .guidance import ClassifierGuidance, Guidance, GuidanceStep, RepresentationGuidance
@@ -55,5 +55,6 @@ __all__ = [
     "count_votes",
     "flip_probability",
     "mean_errors",
+    "replay",
     "stratified_timesteps",
 ]

@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,7 +27,7 @@ from monai.inferers import Inferer
 from monai.utils import optional_import
 from torch import nn
 
-from monai_jointdiff.schedulers import DDIMGridScheduler, DDIMInverter
+from monai_jointdiff.schedulers import DDIMGridScheduler, DDIMInverter, InversionResult
 
 from .chain import ReverseChain
 from .denoiser import Denoiser, evaluation_mode, plain, without_ddp
@@ -44,6 +45,7 @@ ENCODINGS = ("inversion", "noise")
 _HEAD_RULES: dict[str, type[Guidance]] = {"classifier": ClassifierGuidance, "representation": RepresentationGuidance}
 _FIRST_SCALE = {"classifier": 3.0, "representation": 100.0, "class_free": 2.0}
 _GROWTH = 3.0  # of the strength while the answer is not reached
+_SAME_LEVEL = 1e-6  # relative difference of alpha_bar that single precision makes
 _SMOOTHING = 3  # pixels over which a difference is averaged before the region is drawn around it
 
 
@@ -53,11 +55,16 @@ class CounterfactualInferer(Inferer):
     1. Encode: go from the image x to x_T' at an intermediate timestep T', by fixed-point DDIM inversion (which knows
        the way back to x) or by adding noise, the same for all chains.
     2. Factual reconstruction: come back by DDIM without guidance.
-    3. Counterfactual: come back by DDIM with a rule that leads toward the target. A strength of 0 is the factual
-       reconstruction; with ``probability`` each image gets the smallest strength, to within ``precision``, that makes
-       the target as probable as asked for.
+    3. Counterfactual: come back by DDIM with a rule that leads toward the target. With ``probability`` each image gets
+       the smallest strength, to within ``precision``, that makes the target as probable as asked for: 0, the factual
+       reconstruction itself, where that is enough.
     4. With ``region_fraction``, the part of the image that this changes most is kept as a region, and 3 is repeated
-       with everything else held, at every step, on the path of the factual reconstruction.
+       with everything else held, at every step, on the path of the factual reconstruction. In latent space the decoded
+       image outside the region is that of the reconstruction, too, since a decoder spreads a change over its
+       neighbourhood.
+
+    What is delivered is what is judged: images decoded and cut to [-1, 1]; in latent space they are encoded again for
+    the head.
 
     The rules:
 
@@ -66,11 +73,11 @@ class CounterfactualInferer(Inferer):
     ================== ===================================================================== =======================
     ``classifier``     gradient of the head on x0_hat (:py:class:`ClassifierGuidance`)       any joint network
     ``representation`` gradient of the head on the encoder's maps                            ``head="mediffusion"``
-                       (:py:class:`RepresentationGuidance`)
+                       (:py:class:`RepresentationGuidance`)                                  (not ``standardized``)
     ``class_free``     condition against null class, ``null + scale (target - null)``        ``class_conditional``
     ================== ===================================================================== =======================
 
-    Everything is deterministic, and the images of a batch do not feel each other.
+    Everything is deterministic, and the images of a batch do not feel each other, up to rounding.
 
     Sources: Kaleta et al., "Mediffusion", https://arxiv.org/abs/2411.09434 (classifier); Deja, Trzcinski, Tomczak,
     "Learning Data Representations with Joint Diffusion Models", https://arxiv.org/abs/2301.13622 (representation);
@@ -93,6 +100,8 @@ class CounterfactualInferer(Inferer):
         autocast_dtype: type to run the network in under autocast; None for its own precision.
         autoencoder: an ``AutoencoderKL``, when the network works on its latents.
         scale_factor: factor of the latents that the network was trained with.
+        model_id: identity of the network's weights, for the record, such as their hash; None: not known.
+        autoencoder_id: identity of the autoencoder's weights, for the record; None: not known, or none.
 
     Raises:
         TypeError: when the scheduler is another one.
@@ -123,6 +132,8 @@ class CounterfactualInferer(Inferer):
         autocast_dtype: torch.dtype | None = None,
         autoencoder: Any = None,
         scale_factor: float = 1.0,
+        model_id: str | None = None,
+        autoencoder_id: str | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(scheduler, DDIMGridScheduler):
@@ -154,6 +165,8 @@ class CounterfactualInferer(Inferer):
         self.region_fraction = region_fraction
         self.autocast_dtype = autocast_dtype
         self.space = LatentSpace(autoencoder, scale_factor)
+        self.model_id = model_id
+        self.autoencoder_id = autoencoder_id
 
     def __call__(  # type: ignore[override]
         self,
@@ -183,7 +196,7 @@ class CounterfactualInferer(Inferer):
             The counterfactuals, with all that belongs to them.
 
         Raises:
-            ValueError: when inputs or targets do not fit the network.
+            ValueError: when inputs or targets do not fit the network, or its head not the rule.
             TypeError: when the network lacks what the rule needs.
             RuntimeError: when a rule needs gradients within ``torch.inference_mode``.
         """
@@ -191,28 +204,32 @@ class CounterfactualInferer(Inferer):
             question = CounterfactualQuestion.of(walk.probabilities, target, enforce, walk.denoiser.multi_label)
             scale, region = self._strength(walk, question, None), None
             if self.region_fraction is not None:
-                region = most_changed(walk.descend(question, scale)[-1] - walk.factual[-1], self.region_fraction)
+                difference = walk.guided(question, scale) - walk.factual[-1]
+                region = most_changed(difference, self.region_fraction) & walk.each(scale > 0)
                 scale = self._strength(walk, question, region)
-            return walk.result(question, scale, region, self.probability)
+            return walk.result(question, scale, region)
 
     def replay(self, inputs: torch.Tensor, network: nn.Module, record: CounterfactualRecord) -> CounterfactualResult:
         """Makes the counterfactuals of a batch again.
 
         Args:
-            inputs: the same batch.
+            inputs: the same images.
             network: the same network.
-            record: of the result.
+            record: of the result. Rule, encoding, grid, precision and probability are taken from it.
 
         Returns:
-            The same images, bit for bit on the same machine; fewer calls, since no strength is searched for.
+            The same images: bit for bit for the same batch in the same order on the same machine, else to within
+            rounding. Fewer calls, since no strength is searched for.
 
         Raises:
-            ValueError: when the batch has another size than the record.
+            ValueError: when the batch has another size than the record, or noise levels, prediction type, scale factor
+                or identities of the weights are others than this inferer's.
         """
         if len(inputs) != len(record.target):
             raise ValueError(
                 f"CounterfactualInferer: the record is of {len(record.target)} images, got a batch of {len(inputs)}."
             )
+        self._check_record(record)
         inferer = CounterfactualInferer(
             self.scheduler,
             rule=record.rule,
@@ -220,9 +237,12 @@ class CounterfactualInferer(Inferer):
             timestep=record.timesteps[0],
             num_inference_steps=len(record.timesteps),
             inversion_iterations=record.inversion_iterations,
-            autocast_dtype=self.autocast_dtype,
+            probability=record.probability,
+            autocast_dtype=None if record.autocast_dtype is None else getattr(torch, record.autocast_dtype),
             autoencoder=self.space.autoencoder,
             scale_factor=self.space.scale_factor,
+            model_id=self.model_id,
+            autoencoder_id=self.autoencoder_id,
         )
         inferer.scheduler.set_grid(record.timesteps)
         with inferer._walk(inputs, network, record.seeds) as walk:
@@ -230,7 +250,25 @@ class CounterfactualInferer(Inferer):
             target, enforce = torch.tensor(record.target), torch.tensor(record.enforce)
             question = CounterfactualQuestion(target.to(device), enforce.to(device), walk.denoiser.multi_label)
             scale = torch.tensor(record.scale, dtype=torch.float64)
-            return walk.result(question, scale, record.region, self.probability)
+            return walk.result(question, scale, None if record.region is None else record.region.to(device))
+
+    def _check_record(self, record: CounterfactualRecord) -> None:
+        """Refuse to replay what another model, or the same one over other noise levels, has made."""
+        own = {
+            "prediction_type": self.scheduler.prediction_type,
+            "scale_factor": self.space.scale_factor,
+            "model_id": self.model_id,
+            "autoencoder_id": self.autoencoder_id,
+        }
+        for name, value in own.items():
+            recorded = getattr(record, name)
+            _require(recorded == value, f"the record is of {name} {recorded!r}", repr(value))
+        known = [t for t in record.timesteps if t < self.scheduler.num_train_timesteps]
+        levels = _levels(self.scheduler, known)
+        same = len(levels) == len(record.timesteps) and all(
+            math.isclose(a, b, rel_tol=_SAME_LEVEL) for a, b in zip(levels, record.alphas_cumprod, strict=True)
+        )
+        _require(same, f"the record is of alphas_cumprod {record.alphas_cumprod} at its timesteps", levels)
 
     @contextmanager
     def _walk(
@@ -251,7 +289,8 @@ class CounterfactualInferer(Inferer):
         number = len(walk.latents)
         if self.probability is None:
             return torch.full((number,), self.scale, dtype=torch.float64)
-        search = _SmallestScale(number, self.scale, self.precision)
+        factual = question.probability(walk.probabilities_reconstruction).double().cpu()
+        search = _SmallestScale(factual >= self.probability, self.scale, self.precision)
         for _ in range(self.max_trials):
             active = search.active
             if not bool(active.any()):
@@ -259,8 +298,8 @@ class CounterfactualInferer(Inferer):
             some = active.to(walk.latents.device)
             confined = None if region is None else region[some]
             sample = walk.descend(question.select(some), search.scale[active], confined, some)[-1]
-            answer = question.select(some).probability(walk.classify(sample))
-            search.tell(answer.double().cpu(), self.probability)
+            answers = walk.judge(walk.decode(sample, confined, some))
+            search.tell(question.select(some).probability(answers).double().cpu(), self.probability)
         return search.best
 
 
@@ -293,13 +332,15 @@ class _Walk:
         self.callback = callback
         self.bar = bar
         self.denoiser = Denoiser(self.network, inferer.autocast_dtype)
-        self.image_calls = 0
         self.started = time.perf_counter()
         self.clean = inferer.space.encode(plain(inputs))
         self._check()
         self.probabilities = self.classify(self.clean)
+        self.inversion: InversionResult | None = None
         self.latents = self._encode()
         self.factual = self.descend()
+        self.reconstruction = self.decode(self.factual[-1])
+        self.probabilities_reconstruction = self.judge(self.reconstruction)
 
     def _check(self) -> None:
         """Refuse early what the rule cannot do with this network."""
@@ -316,14 +357,22 @@ class _Walk:
 
     def classify(self, clean: torch.Tensor) -> torch.Tensor:
         """Probabilities (N, K) of clean images or latents."""
-        logits = self._counted(len(clean), lambda: self.denoiser.classify(clean))
+        logits = self.denoiser.classify(clean)
         return logits.sigmoid() if self.denoiser.multi_label else logits.softmax(1)
 
-    def _counted(self, number: int, call: Callable[[], Any]) -> Any:
-        before = self.denoiser.calls
-        output = call()
-        self.image_calls += number * (self.denoiser.calls - before)
-        return output
+    def judge(self, images: torch.Tensor) -> torch.Tensor:
+        """Probabilities (N, K) of images (N, C, *spatial) as they are delivered, cut to [-1, 1]."""
+        return self.classify(self.inferer.space.encode(_cut(images)))
+
+    def decode(
+        self, samples: torch.Tensor, region: torch.Tensor | None = None, some: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Images (N, C, *spatial) at the ends of chains, not cut; outside the region they are the reconstruction."""
+        images = self.inferer.space.decode(samples)
+        if region is None:
+            return images
+        held = self.reconstruction if some is None else self.reconstruction[some]
+        return torch.where(_resize_mask(region, images.shape[2:]), images, held)
 
     def _encode(self) -> torch.Tensor:
         """x_T'."""
@@ -336,7 +385,8 @@ class _Walk:
         def predict(sample: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
             return self.denoiser.predict(sample, int(timesteps[0]))  # one timestep for the whole batch
 
-        return self._counted(len(self.clean), lambda: self.inferer.inverter(self.clean, predict).latents)
+        self.inversion = self.inferer.inverter(self.clean, predict)
+        return self.inversion.latents
 
     def descend(
         self,
@@ -361,7 +411,7 @@ class _Walk:
         chain = ReverseChain(self.inferer.scheduler)
         sample, path = latents, []
         for i in range(len(chain)):
-            output = self._counted(len(sample), lambda: self.denoiser(chain, i, sample, guidance_scale, guidance))  # noqa: B023
+            output = self.denoiser(chain, i, sample, guidance_scale, guidance)
             sample, _ = chain.step(i, output, sample)
             if region is not None:
                 held = self.factual[i] if some is None else self.factual[i][some]
@@ -385,18 +435,28 @@ class _Walk:
             return None, scale
         return _HEAD_RULES[self.inferer.rule](question.target, scale, question.enforce), 1.0
 
+    def guided(
+        self, question: CounterfactualQuestion, scale: torch.Tensor, region: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The end of each image's chain (N, C, *spatial): the factual one's where the strength is 0."""
+        if not bool((scale > 0).any()):
+            return self.factual[-1]
+        # the whole batch: what becomes of an image does not depend, in its last bits, on how many others have 0
+        return torch.where(self.each(scale > 0), self.descend(question, scale, region)[-1], self.factual[-1])
+
+    def each(self, values: torch.Tensor) -> torch.Tensor:
+        """One value per image (N,) beside the samples: (N, 1, ...)."""
+        return values.to(self.latents.device).reshape(-1, *[1] * (self.latents.ndim - 1))
+
     def result(
-        self,
-        question: CounterfactualQuestion,
-        scale: torch.Tensor,
-        region: torch.Tensor | None,
-        probability: float | None,
+        self, question: CounterfactualQuestion, scale: torch.Tensor, region: torch.Tensor | None
     ) -> CounterfactualResult:
         """The final chain, and all that belongs to it."""
-        latents = self.descend(question, scale, region)[-1]
-        after = self.classify(latents)
-        inferer = self.inferer
-        counterfactual, reconstruction = inferer.space.decode(latents), inferer.space.decode(self.factual[-1])
+        inferer, probability = self.inferer, self.inferer.probability
+        decoded = self.decode(self.guided(question, scale, region), region)
+        after = self.judge(decoded)
+        counterfactual, reconstruction = _cut(decoded), _cut(self.reconstruction)
+        timesteps = inferer.scheduler.timesteps.tolist()
         record = CounterfactualRecord(
             target=tuple(question.target.tolist()),
             enforce=tuple(question.enforce.tolist()),
@@ -405,7 +465,14 @@ class _Walk:
             encoding=inferer.encoding,
             inversion_iterations=inferer.inverter.max_iterations,
             seeds=self.seeds,
-            timesteps=tuple(inferer.scheduler.timesteps.tolist()),
+            timesteps=tuple(timesteps),
+            alphas_cumprod=_levels(inferer.scheduler, timesteps),
+            prediction_type=inferer.scheduler.prediction_type,
+            probability=probability,
+            autocast_dtype=None if inferer.autocast_dtype is None else str(inferer.autocast_dtype).split(".")[-1],
+            scale_factor=inferer.space.scale_factor,
+            model_id=inferer.model_id,
+            autoencoder_id=inferer.autoencoder_id,
             region=region,
         )
         found = CounterfactualResult(
@@ -415,14 +482,17 @@ class _Walk:
             difference=counterfactual - reconstruction,
             region=None if region is None else _resize_mask(region, counterfactual.shape[2:]),
             probabilities=self.probabilities,
-            probabilities_reconstruction=self.classify(self.factual[-1]),
+            probabilities_reconstruction=self.probabilities_reconstruction,
             probabilities_counterfactual=after,
-            reached=question.probability(after) >= (0.5 if probability is None else probability),
+            reached=question.probability(after).double() >= (0.5 if probability is None else probability),
+            already=question.answered(self.probabilities),
+            overshoot=(decoded - counterfactual).abs().flatten(1).amax(1),
+            inversion=self.inversion,
             network_calls=0.0,
             seconds=0.0,
             record=record,
         )
-        calls = self.image_calls / len(self.clean)
+        calls = self.denoiser.evaluations / len(self.clean)
         return replace(_with_meta(found, self.inputs), network_calls=calls, seconds=time.perf_counter() - self.started)
 
 
@@ -431,20 +501,21 @@ class _SmallestScale:
     """Search, for each image, of the smallest strength that reaches a probability: growth, then bisection of its log.
 
     Args:
-        number: of images.
+        done: images that reach it without guidance, bool (N,): their strength is 0.
         first: strength to begin with.
         precision: ratio at which the search of an image ends.
     """
 
-    number: int
+    done: torch.Tensor
     first: float
     precision: float
 
     def __post_init__(self) -> None:
-        self.scale = torch.full((self.number,), self.first, dtype=torch.float64)
-        self.lower = torch.zeros(self.number, dtype=torch.float64)
-        self.upper = torch.full((self.number,), float("inf"), dtype=torch.float64)
-        self.highest = torch.full((self.number,), -1.0, dtype=torch.float64)  # probability so far
+        number = len(self.done)
+        self.scale = torch.full((number,), self.first, dtype=torch.float64)
+        self.lower = torch.zeros(number, dtype=torch.float64)
+        self.upper = torch.full((number,), math.inf, dtype=torch.float64).masked_fill(self.done, 0.0)
+        self.highest = torch.full((number,), -1.0, dtype=torch.float64)  # probability so far
         self.most_probable = self.scale.clone()  # where it was
 
     @property
@@ -502,6 +573,16 @@ def _noise(seed: int, like: torch.Tensor) -> torch.Tensor:
     """Standard normal noise of an image, the same on every device."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(like.shape, generator=generator, dtype=torch.float32).to(like)
+
+
+def _levels(scheduler: DDIMGridScheduler, timesteps: Sequence[int]) -> tuple[float, ...]:
+    """alpha_bar at these timesteps."""
+    return tuple(float(scheduler.alphas_cumprod[t]) for t in timesteps)
+
+
+def _cut(images: torch.Tensor) -> torch.Tensor:
+    """Images as they are delivered: in [-1, 1]."""
+    return images.clamp(-1.0, 1.0)
 
 
 def _resize_mask(mask: torch.Tensor, size: Sequence[int]) -> torch.Tensor:

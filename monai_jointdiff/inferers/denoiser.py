@@ -28,7 +28,10 @@ __all__ = ["Denoiser"]
 
 
 class Denoiser:
-    """Predictions of a network for a reverse chain, and how many calls they took.
+    """Predictions of a network for a reverse chain, and what they took.
+
+    ``calls`` counts calls of the network or of its encoder alone, ``evaluations`` the images in them: a call on the
+    conditional and the unconditional half of classifier-free guidance evaluates each image twice.
 
     Args:
         network: the joint network, or any network called as ``network(x, timesteps)``.
@@ -39,6 +42,7 @@ class Denoiser:
         self.network = network
         self.autocast_dtype = autocast_dtype
         self.calls = 0
+        self.evaluations = 0
         self.labels: torch.Tensor | None = None
         self.context: torch.Tensor | None = None
         self.bare = _bare_network(network)
@@ -105,7 +109,7 @@ class Denoiser:
             guidance: rule, or None.
 
         Raises:
-            ValueError: when classifier-free guidance has no class, or the target does not fit.
+            ValueError: when classifier-free guidance has no class, or the target or the head does not fit.
             TypeError: when the network lacks what the guidance needs.
             RuntimeError: when a rule needs gradients within ``torch.inference_mode``.
         """
@@ -119,12 +123,10 @@ class Denoiser:
             )
         if guidance is None:
             return
-        rule = type(guidance).__name__
-        missing = [name for name in guidance.requires if not hasattr(self.bare, name)]
-        if self.num_classes is None or missing:
-            raise TypeError(f"{rule}: the network lacks {missing} (JointDiffusionUNet has them), got {self.name}.")
-        guidance.check(batch_size, self.num_classes, self.multi_label)
+        guidance.check_network(self.bare)
+        guidance.check(batch_size, self.bare.num_classes, self.multi_label)
         if torch.is_inference_mode_enabled():
+            rule = type(guidance).__name__
             raise RuntimeError(f"{rule} needs gradients: sample under torch.no_grad, not torch.inference_mode.")
 
     def __call__(
@@ -190,7 +192,7 @@ class Denoiser:
 
     def classify(self, images: torch.Tensor) -> torch.Tensor:
         """Logits (N, K) of clean images (N, C, *spatial)."""
-        self.calls += 1
+        self._count(images)
         return classify(images, self.network, self.autocast_dtype)
 
     def head(self, features: Any) -> torch.Tensor:
@@ -205,7 +207,7 @@ class Denoiser:
         context: torch.Tensor | None,
         edit: Edit | None,
     ) -> torch.Tensor:
-        self.calls += 1
+        self._count(sample)
         dtype = torch.int64 if isinstance(timestep, int) else torch.float32
         timesteps = torch.full((len(sample),), timestep, dtype=dtype, device=sample.device)
         condition = given(context=context, class_labels=labels)
@@ -214,6 +216,10 @@ class Denoiser:
                 return at_least_float32(self.network(sample, timesteps, **condition))
             features = self.bare.encode(sample, timesteps, **condition)
             return at_least_float32(self.bare.decode(edit(features)))
+
+    def _count(self, batch: torch.Tensor) -> None:
+        self.calls += 1
+        self.evaluations += len(batch)
 
 
 def _is(guidance_scale: float | torch.Tensor, value: float) -> bool:

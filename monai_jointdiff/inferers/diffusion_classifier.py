@@ -30,7 +30,7 @@ from .draws import DRAWS, NoiseDraws
 from .latent import LatentSpace
 from .voting import AGGREGATIONS, aggregate, count_votes, flip_probability, mean_errors
 
-__all__ = ["HEAD_ROLES", "DiffusionClassifierInferer", "DiffusionClassifierResult"]
+__all__ = ["HEAD_ROLES", "DiffusionClassifierInferer", "DiffusionClassifierResult", "replay"]
 
 tqdm, _ = optional_import("tqdm", name="tqdm")
 stdtrit, _ = optional_import("scipy.special", name="stdtrit")
@@ -52,6 +52,11 @@ class DiffusionClassifierResult:
         probabilities: of the classes, or of the presence of the labels, (N, K): shares of the votes (``majority``),
             softmax of the errors (``mean``), either with the head as ``prior``; the head's own where it answered alone.
         votes: votes for the class, or for the presence of the label, (N, K) float64.
+        logits: what probabilities can be calibrated from (see :meth:`calibrated`), (N, K); multi-label (N, K, 2), of
+            absence and presence. ``majority``: logarithms of the shares of the votes, with one vote more for each
+            class; ``mean``: minus the mean error divided by the temperature, but for a constant; with the head as
+            ``prior`` plus the logarithms of its probabilities. Minus infinity for an answer that the head did not
+            nominate.
         errors: mean over the draws of the sum of squared errors of the noise, (N, K); multi-label (N, K, 2), of absence
             and presence; infinite where there was no draw.
         num_draws: draws made for the image (N,), or the label (N, K).
@@ -69,6 +74,7 @@ class DiffusionClassifierResult:
     prediction: torch.Tensor
     probabilities: torch.Tensor
     votes: torch.Tensor
+    logits: torch.Tensor
     errors: torch.Tensor
     num_draws: torch.Tensor
     network_calls: torch.Tensor
@@ -85,23 +91,55 @@ class DiffusionClassifierResult:
 
     @property
     def vote_share(self) -> torch.Tensor:
-        """Share of the votes that the answer got, (N,) or (N, K).
-
-        1 where the head answered alone, which does not make such an answer surer than one of a vote.
-        """
-        votes = count_votes(self.draw_errors).gather(-1, self.prediction[..., None])[..., 0]
-        return torch.where(self.num_draws > 0, votes / self.num_draws.clamp(min=1), 1.0)
+        """Share of the votes that the answer got, (N,) or (N, K); NaN where the head answered alone."""
+        return count_votes(self.draw_errors).gather(-1, self.prediction[..., None])[..., 0] / self.num_draws
 
     @property
     def uncertainty(self) -> torch.Tensor:
         """Variance p (1 - p) of a vote, with the share p of the class that got most votes, (N,) or (N, K).
 
-        Of two classes, 0 where all agree and .25 where the votes are evenly split. Of more than two a small p makes it
-        small again: order such images by 1 - :attr:`vote_share` or by :attr:`entropy`.
+        Of two classes, 0 where all agree and .25 where the votes are evenly split; NaN where the head answered alone.
+        Of more than two a small p makes it small again, and the head is left out of it: order images by 1 -
+        :attr:`confidence` or by :attr:`entropy`.
         """
-        votes = count_votes(self.draw_errors).amax(dim=-1)
-        p = torch.where(self.num_draws > 0, votes / self.num_draws.clamp(min=1), 1.0)
+        p = count_votes(self.draw_errors).amax(dim=-1) / self.num_draws
         return p * (1 - p)
+
+    @property
+    def confidence(self) -> torch.Tensor:
+        """Probability of the answer, by votes or head or both, as in :attr:`probabilities`; (N,) or (N, K)."""
+        p = self.probabilities.double()
+        if self.multi_label:
+            return torch.where(self.prediction == 1, p, 1 - p)
+        return p.gather(1, self.prediction[:, None])[:, 0]
+
+    def calibrated(self, temperature: float) -> torch.Tensor:
+        """Probabilities from :attr:`logits` divided by a temperature; the answers stay what they are.
+
+        Guo et al., ICML 2017, equation 9, with a temperature that
+        :func:`~monai_jointdiff.metrics.fit_temperature` finds from the logits of validation images. Where the head
+        nominated, the classes that it left out keep its probability, the others share the rest: an answer that the
+        head gave alone keeps its own.
+
+        Args:
+            temperature: > 0.
+
+        Returns:
+            (N, K), of the classes or of the presence of the labels, float64.
+
+        Raises:
+            ValueError: for a temperature that is not positive.
+        """
+        if not temperature > 0:
+            raise ValueError(f"DiffusionClassifierResult: temperature must be positive, got {temperature}.")
+        logits = self.logits.double()
+        p = (logits / temperature).softmax(dim=-1)
+        if self.head_probabilities is not None:
+            head = self.head_probabilities.double()
+            head = torch.stack([1 - head, head], dim=-1) if self.multi_label else head
+            left_out = logits.isneginf()
+            p = torch.where(left_out, head, p * (1 - (head * left_out).sum(dim=-1, keepdim=True)))
+        return p[..., 1] if self.multi_label else p
 
     @property
     def entropy(self) -> torch.Tensor:
@@ -176,7 +214,8 @@ class DiffusionClassifierInferer(Inferer):
 
     With ``head="prior"`` the head's probabilities are multiplied with those of the draws (vote shares with one vote
     more for each class). Sums of squared errors differ by many units, so that their softmax is 0 or 1 unless
-    ``temperature`` has been fitted (:func:`~monai_jointdiff.metrics.fit_temperature` on validation images).
+    ``temperature`` has been fitted (:func:`~monai_jointdiff.metrics.fit_temperature` on validation images). Shares of
+    votes are no calibrated probabilities either: :meth:`DiffusionClassifierResult.calibrated` makes such of both.
 
     Args:
         scheduler: the noise process of the training.
@@ -191,6 +230,7 @@ class DiffusionClassifierInferer(Inferer):
         head: ``ignore``, ``nominate`` or ``prior``.
         trust: probability that the classes nominated by the head must hold, in (0, 1).
         temperature: ``mean``: the logits are minus the mean error divided by it, > 0.
+        head_temperature: the logits of the head are divided by it, > 0: its own calibration.
         max_batch: evaluations in one call of the network, the memory budget; take a small number for volumes.
         autocast_dtype: type to run the network in under autocast; None for its own precision.
         autoencoder: an ``AutoencoderKL``, when the network works on its latents.
@@ -221,6 +261,7 @@ class DiffusionClassifierInferer(Inferer):
         head: str = "ignore",
         trust: float = 0.99,
         temperature: float = 1.0,
+        head_temperature: float = 1.0,
         max_batch: int = 256,
         autocast_dtype: torch.dtype | None = None,
         autoencoder: Any = None,
@@ -237,6 +278,7 @@ class DiffusionClassifierInferer(Inferer):
         _require(min_draws >= 1, "min_draws must be at least 1", min_draws)
         _require(0 < trust < 1, "trust must lie in (0, 1)", trust)
         _require(temperature > 0, "temperature must be positive", temperature)
+        _require(head_temperature > 0, "head_temperature must be positive", head_temperature)
         _require(max_batch >= 1, "max_batch must be at least 1", max_batch)
         _require(
             head != "prior" or (error_rate is None and not stages),
@@ -256,6 +298,7 @@ class DiffusionClassifierInferer(Inferer):
         self.head = head
         self.trust = trust
         self.temperature = temperature
+        self.head_temperature = head_temperature
         self.max_batch = max_batch
         self.autocast_dtype = autocast_dtype
         self.space = LatentSpace(autoencoder, scale_factor)
@@ -299,8 +342,9 @@ class DiffusionClassifierInferer(Inferer):
         if len(seeds) != len(inputs):
             raise ValueError(f"DiffusionClassifierInferer: {len(seeds)} seeds for {len(inputs)} images.")
         network = without_ddp(network)
+        started = time.perf_counter()
         with torch.no_grad(), evaluation_mode(network):
-            return _Race(self, inputs, network, seeds, maps, progress).run()
+            return _DrawnRace(self, inputs, network, seeds, maps, progress).run(started)
 
     def looks(self) -> list[int]:
         """Numbers of draws after which the race is looked at, the last being all of them."""
@@ -340,50 +384,79 @@ class DiffusionClassifierInferer(Inferer):
         return running & (flips > self.error_rate / max(1, errors.shape[1] - 1))
 
 
+def replay(
+    draw_errors: torch.Tensor, inferer: DiffusionClassifierInferer, head_logits: torch.Tensor | None = None
+) -> DiffusionClassifierResult:
+    """The answers of an inferer whose draws had these errors, without the network.
+
+    Errors that were recorded once, with all draws of all classes, show what any rule, stopping test, stages or role of
+    the head would have answered, and at how many calls. Only errors that the inferer would have asked for are used.
+
+    Args:
+        draw_errors: (N, K, D), multi-label (N, K, 2, D), of D >= ``inferer.num_draws`` draws, of which the first count.
+        inferer: the classifier; its kind of draws and noise levels should be those of the recording.
+        head_logits: of the head (N, K), before its temperature; needed where the inferer asks the head.
+
+    Returns:
+        The answers, without maps of evidence; `seconds` is the time of the replay.
+
+    Raises:
+        ValueError: when the recording has another shape, too few draws, no error where one is asked for, or the logits
+            of the head are missing or do not fit.
+    """
+    multi_label = draw_errors.ndim == 4
+    if draw_errors.ndim not in (3, 4) or (multi_label and draw_errors.shape[2] != 2) or not len(draw_errors):
+        raise ValueError(
+            f"replay: draw_errors must have shape (N, K, D), multi-label (N, K, 2, D), got {tuple(draw_errors.shape)}."
+        )
+    if draw_errors.shape[-1] < inferer.num_draws:
+        raise ValueError(f"replay: {draw_errors.shape[-1]} draws were recorded, the inferer makes {inferer.num_draws}.")
+    if inferer.head == "ignore":
+        head_logits = None
+    elif head_logits is None or head_logits.shape != draw_errors.shape[:2]:
+        shape = None if head_logits is None else tuple(head_logits.shape)
+        raise ValueError(
+            f"replay: head={inferer.head!r} needs head_logits of shape {tuple(draw_errors.shape[:2])}, got {shape}."
+        )
+    started = time.perf_counter()
+    return _RecordedRace(inferer, draw_errors.detach().cpu(), multi_label, head_logits).run(started)
+
+
 class _Race:
-    """The race of the classes of one batch. A case is an image, or in a multi-label network one label of an image."""
+    """The race of the classes of one batch. A case is an image, or in a multi-label network one label of an image.
+
+    Where the errors come from is left to the subclasses.
+    """
 
     def __init__(
         self,
         inferer: DiffusionClassifierInferer,
-        inputs: torch.Tensor,
-        network: nn.Module,
-        seeds: tuple[int, ...],
-        maps: bool,
-        progress: bool,
+        number: int,
+        num_classes: int,
+        multi_label: bool,
+        head_logits: torch.Tensor | None,
+        progress: bool = False,
     ) -> None:
-        self.started = time.perf_counter()
         self.inferer = inferer
-        self.network = network
-        self.denoiser = Denoiser(network, inferer.autocast_dtype)
-        if not getattr(self.denoiser.bare, "class_conditional", False):
-            raise TypeError(
-                "DiffusionClassifierInferer: the network must be class-conditional "
-                f"(JointDiffusionUNet(class_conditional=True)), got {self.denoiser.name} that is not."
-            )
-        self.image_size = inputs.shape[2:]
-        self.clean = torch.cat([inferer.space.encode(part) for part in plain(inputs).split(inferer.max_batch)])
-        self.number, self.num_classes = len(inputs), int(self.denoiser.num_classes or 0)
-        self.multi_label = self.denoiser.multi_label
+        self.number, self.num_classes, self.multi_label = number, num_classes, multi_label
+        self.head_logits: torch.Tensor | None = None
+        if head_logits is not None:
+            self.head_logits = head_logits.detach().double().cpu() / inferer.head_temperature
         self.progress = progress
-        self.draws = NoiseDraws(seeds, self.clean.shape[1:], inferer.num_draws, *inferer.timesteps, kind=inferer.draws)
-        self.head_logits = self._ask_head()
-        questions, answers = (self.num_classes, 2) if self.multi_label else (1, self.num_classes)
-        self.image = torch.arange(self.number).repeat_interleave(questions)  # (Q,), of each case
+        questions, answers = (num_classes, 2) if multi_label else (1, num_classes)
+        self.image = torch.arange(number).repeat_interleave(questions)  # (Q,), of each case
         self.running = torch.ones(len(self.image), answers, dtype=torch.bool)
         if inferer.head == "nominate":
             self.running = smallest_set(self._head().exp(), inferer.trust)
+        self.nominated = self.running.clone()
         self.alone = self.running.sum(dim=1) == 1  # the head nominated one answer
         self.errors = torch.full((len(self.image), answers, inferer.num_draws), torch.nan)
-        self.maps = torch.zeros(len(self.image), answers, *self.clean.shape[2:]) if maps else None
-        self.evaluations = torch.zeros(self.number)
+        self.maps: torch.Tensor | None = None
+        self.evaluations = torch.zeros(number)
 
-    def _ask_head(self) -> torch.Tensor | None:
-        """Logits (N, K) of the head, by the encoder alone; None if it is to be ignored."""
-        if self.inferer.head == "ignore":
-            return None
-        parts = self.clean.split(self.inferer.max_batch)
-        return torch.cat([self.denoiser.classify(part) for part in parts]).double().cpu()
+    def _evaluate(self, begin: int, end: int, bar: Any) -> None:
+        """Errors of draws begin..end-1 for all cases and answers that are running."""
+        raise NotImplementedError
 
     def _head(self) -> torch.Tensor:
         """The head's log-probabilities (Q, answers)."""
@@ -393,8 +466,8 @@ class _Race:
             return logits.log_softmax(dim=1)
         return nn.functional.logsigmoid(torch.stack([-logits, logits], dim=2)).flatten(0, 1)
 
-    def run(self) -> DiffusionClassifierResult:
-        """All draws that are needed, and the answers."""
+    def run(self, started: float) -> DiffusionClassifierResult:
+        """All draws that are needed, and the answers; ``started`` on the clock of ``time.perf_counter``."""
         most = int(self.running.sum()) * self.inferer.num_draws
         made = 0
         with tqdm(total=most, desc="evaluations", unit="", disable=not self.progress) as bar:
@@ -407,7 +480,133 @@ class _Race:
                 active = self.running.any(dim=1)
                 keep = self.inferer.still_running(self.errors[active][:, :, :made], whole=self.maps is not None)
                 self.running[active] &= keep
-        return self._result()
+        return self._result(started)
+
+    def _check_finite(self, errors: torch.Tensor, image: torch.Tensor) -> None:
+        """NaN stands for "not evaluated" here, so an error that is no number must not pass for that."""
+        bad = sorted(set(image[~errors.isfinite()].tolist()))
+        if bad:
+            raise ValueError(
+                f"DiffusionClassifierInferer: the errors of images {bad} of the batch are not finite: the image, the "
+                "network's prediction or the recording holds NaN or infinite values."
+            )
+
+    def _result(self, started: float) -> DiffusionClassifierResult:
+        """The answers from the errors."""
+        inferer = self.inferer
+        errors, draws = mean_errors(self.errors), (~self.errors.isnan()).any(dim=1).sum(dim=1)
+        scores = aggregate(self.errors, inferer.rule)
+        votes = count_votes(self.errors)
+        logits = self._logits(votes, draws, scores)
+        if inferer.head == "prior":
+            logits = logits + self._head()
+            scores, probabilities = logits, logits.softmax(dim=1)
+        elif inferer.rule == "mean":
+            probabilities = (scores / inferer.temperature).softmax(dim=1)
+        else:
+            probabilities = votes / draws.clamp(min=1)[:, None]
+        prediction = scores.argmax(dim=1)
+        if self.head_logits is not None:
+            head = self._head()
+            prediction = torch.where(self.alone, head.argmax(dim=1), prediction)
+            probabilities = torch.where(self.alone[:, None], head.exp(), probabilities)
+        cases = (self.number, self.num_classes) if self.multi_label else (self.number,)
+        present = (slice(None), slice(None), 1) if self.multi_label else (slice(None),)
+        return DiffusionClassifierResult(
+            prediction=prediction.reshape(cases),
+            probabilities=probabilities.reshape(*cases, -1)[present],
+            votes=votes.reshape(*cases, -1)[present],
+            logits=logits.reshape(*cases, -1),
+            errors=errors.reshape(*cases, -1),
+            num_draws=draws.reshape(cases),
+            network_calls=self.evaluations + float(self.head_logits is not None),
+            decided=(draws < inferer.num_draws).reshape(cases),
+            draw_errors=self.errors.reshape(*cases, *self.errors.shape[1:]),
+            head_probabilities=self._head_probabilities(),
+            evidence=self._evidence(prediction, draws),
+            seconds=time.perf_counter() - started,
+        )
+
+    def _head_probabilities(self) -> torch.Tensor | None:
+        if self.head_logits is None:
+            return None
+        return self.head_logits.sigmoid() if self.multi_label else self.head_logits.softmax(dim=1)
+
+    def _logits(self, votes: torch.Tensor, draws: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Logits (Q, answers) of the draws alone, finite for all answers that the head nominated."""
+        if self.inferer.rule == "mean":
+            logits = self._differences(scores.argmax(dim=1)) / self.inferer.temperature
+        else:
+            logits = ((votes + 1) / (draws + self.nominated.sum(dim=1))[:, None]).log()
+        return torch.where(self.nominated, logits, -torch.inf)
+
+    def _differences(self, leader: torch.Tensor) -> torch.Tensor:
+        """Mean paired differences (Q, answers) of the leader's error minus each answer's, 0 without draws.
+
+        On the draws in which an answer was evaluated: one that was dropped early is compared on those. It is not the
+        answer even where the leader of all draws did worse on them, hence no difference above 0.
+        """
+        errors = self.errors.double()
+        leading = errors.gather(1, leader[:, None, None].expand(-1, 1, errors.shape[2]))
+        return (leading - errors).nanmean(dim=2).nan_to_num(nan=0.0).clamp(max=0)
+
+    def _evidence(self, prediction: torch.Tensor, draws: torch.Tensor) -> torch.Tensor | None:
+        """Maps of the runner-up's error minus the answer's, where maps were made."""
+        return None
+
+
+class _RecordedRace(_Race):
+    """A race whose errors (N, K, D), multi-label (N, K, 2, D), were recorded."""
+
+    def __init__(
+        self,
+        inferer: DiffusionClassifierInferer,
+        recorded: torch.Tensor,
+        multi_label: bool,
+        head_logits: torch.Tensor | None,
+    ) -> None:
+        super().__init__(inferer, recorded.shape[0], recorded.shape[1], multi_label, head_logits)
+        self.recorded = recorded.flatten(0, 1) if multi_label else recorded  # (Q, answers, D)
+
+    def _evaluate(self, begin: int, end: int, bar: Any) -> None:
+        case, answer = self.running.nonzero(as_tuple=True)
+        errors = self.recorded[case, answer, begin:end].float()
+        self._check_finite(errors.sum(dim=1), self.image[case])
+        self.errors[case, answer, begin:end] = errors
+        self.evaluations.index_add_(0, self.image[case], torch.full((len(case),), float(end - begin)))
+        bar.update(errors.numel())
+
+
+class _DrawnRace(_Race):
+    """A race whose errors are made by the network."""
+
+    def __init__(
+        self,
+        inferer: DiffusionClassifierInferer,
+        inputs: torch.Tensor,
+        network: nn.Module,
+        seeds: tuple[int, ...],
+        maps: bool,
+        progress: bool,
+    ) -> None:
+        self.network = network
+        self.denoiser = Denoiser(network, inferer.autocast_dtype)
+        if not getattr(self.denoiser.bare, "class_conditional", False):
+            raise TypeError(
+                "DiffusionClassifierInferer: the network must be class-conditional "
+                f"(JointDiffusionUNet(class_conditional=True)), got {self.denoiser.name} that is not."
+            )
+        self.image_size = inputs.shape[2:]
+        parts = [inferer.space.encode(part) for part in plain(inputs).split(inferer.max_batch)]
+        self.clean = torch.cat(parts)
+        self.draws = NoiseDraws(seeds, self.clean.shape[1:], inferer.num_draws, *inferer.timesteps, kind=inferer.draws)
+        head_logits = None  # by the encoder alone
+        if inferer.head != "ignore":
+            head_logits = torch.cat([self.denoiser.classify(part) for part in parts])
+        num_classes = int(self.denoiser.num_classes or 0)
+        super().__init__(inferer, len(inputs), num_classes, self.denoiser.multi_label, head_logits, progress)
+        if maps:
+            self.maps = torch.zeros(*self.running.shape, *self.clean.shape[2:])
 
     def _evaluate(self, begin: int, end: int, bar: Any) -> None:
         """Errors of draws begin..end-1 for all cases and answers that are running."""
@@ -428,15 +627,6 @@ class _Race:
                 self.maps.index_put_(where, squared.sum(dim=1).float().cpu(), accumulate=True)
             self.evaluations.index_add_(0, self.image[unit_case[units]], torch.ones(len(units)))
             bar.update(len(units))
-
-    def _check_finite(self, errors: torch.Tensor, image: torch.Tensor) -> None:
-        """NaN stands for "not evaluated" here, so an error that is no number must not pass for that."""
-        bad = sorted(set(image[~errors.isfinite()].tolist()))
-        if bad:
-            raise ValueError(
-                f"DiffusionClassifierInferer: the errors of images {bad} of the batch are not finite: the image or the "
-                "network's prediction holds NaN or infinite values."
-            )
 
     def _noises(self, images: list[int], draws: list[int]) -> Iterator[torch.Tensor]:
         """The noise of each evaluation: consecutive ones of the same image and draw share theirs."""
@@ -469,50 +659,6 @@ class _Race:
             return answer
         labels = torch.full((len(case), self.num_classes), -1.0)
         return labels.scatter(1, (case % self.num_classes)[:, None], answer[:, None].float())
-
-    def _result(self) -> DiffusionClassifierResult:
-        """The answers from the errors."""
-        inferer = self.inferer
-        errors, draws = mean_errors(self.errors), (~self.errors.isnan()).any(dim=1).sum(dim=1)
-        scores = aggregate(self.errors, inferer.rule)
-        votes = count_votes(self.errors)
-        logits = self._logits(votes, draws, scores)
-        if inferer.head == "prior":
-            logits = logits + self._head()
-            scores = logits
-        prediction, probabilities = scores.argmax(dim=1), logits.softmax(dim=1)
-        if self.head_logits is not None:
-            head = self._head()
-            prediction = torch.where(self.alone, head.argmax(dim=1), prediction)
-            probabilities = torch.where(self.alone[:, None], head.exp(), probabilities)
-        cases = (self.number, self.num_classes) if self.multi_label else (self.number,)
-        present = (slice(None), slice(None), 1) if self.multi_label else (slice(None),)
-        return DiffusionClassifierResult(
-            prediction=prediction.reshape(cases),
-            probabilities=probabilities.reshape(*cases, -1)[present],
-            votes=votes.reshape(*cases, -1)[present],
-            errors=errors.reshape(*cases, -1),
-            num_draws=draws.reshape(cases),
-            network_calls=self.evaluations + float(self.head_logits is not None),
-            decided=(draws < inferer.num_draws).reshape(cases),
-            draw_errors=self.errors.reshape(*cases, *self.errors.shape[1:]),
-            head_probabilities=self._head_probabilities(),
-            evidence=self._evidence(prediction, draws),
-            seconds=time.perf_counter() - self.started,
-        )
-
-    def _head_probabilities(self) -> torch.Tensor | None:
-        if self.head_logits is None:
-            return None
-        return self.head_logits.sigmoid() if self.multi_label else self.head_logits.softmax(dim=1)
-
-    def _logits(self, votes: torch.Tensor, draws: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Logarithms (Q, answers), but for a constant, of the probabilities from the draws alone."""
-        if self.inferer.rule == "mean":
-            return (scores / self.inferer.temperature).log_softmax(dim=1)
-        if self.inferer.head == "prior":
-            return ((votes + 1) / (draws[:, None] + votes.shape[1])).log()
-        return votes.log()
 
     def _evidence(self, prediction: torch.Tensor, draws: torch.Tensor) -> torch.Tensor | None:
         """Maps of the runner-up's error minus the answer's; zero where the head answered alone."""
@@ -562,12 +708,13 @@ def smallest_set(probabilities: torch.Tensor, trust: float) -> torch.Tensor:
 
 
 def _check_stages(stages: Sequence[tuple[int, int]], num_draws: int) -> None:
-    draws, kept = [n for n, _ in stages], [keep for _, keep in stages]
+    pairs = not isinstance(stages, str) and all(isinstance(pair, Sequence) and len(pair) == 2 for pair in stages)
+    draws, kept = ([pair[k] for pair in stages] if pairs else [] for k in (0, 1))
     in_order = draws == sorted(set(draws)) and kept == sorted(set(kept), reverse=True)
-    if not in_order or any(not 1 <= n < num_draws for n in draws) or any(keep < 1 for keep in kept):
+    if not (pairs and in_order and all(1 <= n < num_draws for n in draws) and all(keep >= 1 for keep in kept)):
         raise ValueError(
             f"DiffusionClassifierInferer: stages must be pairs (draws, classes to keep) with draws rising below "
-            f"num_draws={num_draws} and classes falling to 1 or more, got {list(stages)}."
+            f"num_draws={num_draws} and classes falling to 1 or more, got {stages!r}."
         )
 
 

@@ -12,13 +12,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from monai_jointdiff.schedulers import InversionResult
+
 __all__ = ["CounterfactualQuestion", "CounterfactualRecord", "CounterfactualResult"]
+
+_FAR_OUTSIDE = 0.5  # beyond [-1, 1]; on trained networks the rule `classifier` stayed below .35
 
 
 @dataclass(frozen=True)
@@ -104,6 +108,20 @@ class CounterfactualQuestion:
         chosen = probabilities.gather(1, self.target[:, None])[:, 0]
         return torch.where(self.enforce, chosen, 1 - chosen)
 
+    def answered(self, probabilities: torch.Tensor) -> torch.Tensor:
+        """Where the network gives the wanted answer.
+
+        Args:
+            probabilities: (N, K).
+
+        Returns:
+            (N,) bool: the target is the most probable class; multi-label: it is present (probability of at least .5)
+            or absent as wanted.
+        """
+        if not self.multi_label:
+            return probabilities.argmax(1) == self.target
+        return (probabilities.gather(1, self.target[:, None])[:, 0] >= 0.5) == self.enforce
+
     def select(self, index: torch.Tensor) -> CounterfactualQuestion:
         """The question for some of the images.
 
@@ -149,19 +167,46 @@ def _all(number: int, device: torch.device) -> torch.Tensor:
     return torch.ones(number, dtype=torch.bool, device=device)
 
 
+# of a record: the same for all images of a batch, and those of which each image has its own
+_OF_BATCH = (
+    "rule",
+    "encoding",
+    "inversion_iterations",
+    "timesteps",
+    "alphas_cumprod",
+    "prediction_type",
+    "probability",
+    "autocast_dtype",
+    "scale_factor",
+    "model_id",
+    "autoencoder_id",
+)
+_OF_IMAGE = {"target": "target", "enforce": "enforce", "scale": "scale", "seed": "seeds"}
+
+
 @dataclass(frozen=True)
 class CounterfactualRecord:
-    """Everything that is needed to make the counterfactuals of a batch again, bit for bit, from the same inputs.
+    """Everything that is needed to make the counterfactuals of a batch again, from the same inputs and weights.
+
+    The same batch in the same order gives the same images bit for bit on the same machine. An image alone, or in
+    another batch, is the same to within rounding: networks add up in another order for another batch size.
 
     Args:
         target: class or label of each image.
         enforce: whether it was to be present, for each image.
-        scale: strength of the rule for each image.
+        scale: strength of the rule for each image; 0 where the factual reconstruction was enough.
         rule: the guidance rule.
         encoding: how the images were encoded.
         inversion_iterations: network calls per step of the inversion.
         seeds: of the noise of each image.
         timesteps: grid, from the noisiest timestep to 0.
+        alphas_cumprod: alpha_bar at these timesteps, in (0, 1).
+        prediction_type: what the network predicts.
+        probability: how probable the target had to become, in (0, 1); None: the strength was given.
+        autocast_dtype: type in which the network ran under autocast, as ``"bfloat16"``; None: its own precision.
+        scale_factor: of the latents; 1 in pixel space.
+        model_id: identity of the network's weights; None: not known.
+        autoencoder_id: identity of the autoencoder's weights; None: not known, or none.
         region: where change was allowed, bool (N, 1, *spatial) of the space that is diffused; None: everywhere.
     """
 
@@ -173,6 +218,13 @@ class CounterfactualRecord:
     inversion_iterations: int
     seeds: tuple[int, ...]
     timesteps: tuple[int, ...]
+    alphas_cumprod: tuple[float, ...]
+    prediction_type: str
+    probability: float | None
+    autocast_dtype: str | None
+    scale_factor: float
+    model_id: str | None
+    autoencoder_id: str | None
     region: torch.Tensor | None
 
     def of_image(self, index: int) -> dict[str, Any]:
@@ -182,39 +234,83 @@ class CounterfactualRecord:
             index: of the image in the batch.
 
         Returns:
-            plain numbers, texts and lists.
+            plain numbers, texts and lists, with the place of the image in its batch.
         """
+        own = {name: getattr(self, field)[index] for name, field in _OF_IMAGE.items()}
+        shared = {name: getattr(self, name) for name in _OF_BATCH}
         return {
-            "target": self.target[index],
-            "enforce": self.enforce[index],
-            "scale": self.scale[index],
-            "rule": self.rule,
-            "encoding": self.encoding,
-            "inversion_iterations": self.inversion_iterations,
-            "seed": self.seeds[index],
-            "timesteps": list(self.timesteps),
+            **own,
+            **{name: list(value) if isinstance(value, tuple) else value for name, value in shared.items()},
             "confined": self.region is not None,
+            "index": index,
+            "batch_size": len(self.target),
         }
+
+    @classmethod
+    def of_images(
+        cls, contents: Sequence[Mapping[str, Any]], region: torch.Tensor | None = None
+    ) -> CounterfactualRecord:
+        """The record of a batch from those of its images.
+
+        Args:
+            contents: of :py:meth:`of_image`, one an image, in the order of the batch; other entries are left out.
+            region: where change was allowed, bool (N, 1, *spatial), where it was confined.
+
+        Returns:
+            The record.
+
+        Raises:
+            ValueError: when there are none, one lacks an entry, their settings differ, or the region does not fit.
+        """
+        needed = (*_OF_IMAGE, *_OF_BATCH, "confined")
+        lacking = [name for name in needed if any(name not in content for content in contents)]
+        if not contents or lacking:
+            raise ValueError(
+                f"CounterfactualRecord: the records of at least one image expected, with {', '.join(needed)}; got "
+                f"{len(contents)} that lack {', '.join(lacking) or 'nothing'}."
+            )
+        first = contents[0]
+        different = [name for name in (*_OF_BATCH, "confined") if any(c[name] != first[name] for c in contents)]
+        if different:
+            raise ValueError(
+                "CounterfactualRecord: the images of a batch were made with the same settings, got records that differ "
+                f"in {', '.join(different)}."
+            )
+        given = None if region is None else len(region)
+        if given != (len(contents) if first["confined"] else None):
+            raise ValueError(
+                f"CounterfactualRecord: regions for {len(contents) if first['confined'] else 'none'} of the images "
+                f"expected, got {given}."
+            )
+        fields: dict[str, Any] = {field: tuple(c[name] for c in contents) for name, field in _OF_IMAGE.items()}
+        for name in _OF_BATCH:
+            fields[name] = tuple(first[name]) if isinstance(first[name], list) else first[name]
+        return cls(**fields, region=region)
 
 
 @dataclass(frozen=True)
 class CounterfactualResult:
     """Images, what would have to change in them for another answer, and what it took.
 
-    Images are MetaTensors where the input was one; all are in [-1, 1] up to what the network adds.
+    Images are MetaTensors where the input was one. What was made is cut to [-1, 1]: what a file or a screen can show
+    is what the probabilities are of.
 
     Args:
         image: the input (N, C, *spatial).
-        counterfactual: what the image would look like (N, C, *spatial).
-        reconstruction: the factual reconstruction (N, C, *spatial): the same chain without guidance.
-        difference: counterfactual minus factual reconstruction, signed (N, C, *spatial). What encoding and decoding
-            alone do to an image is thus not taken for a change.
+        counterfactual: what the image would look like (N, C, *spatial) in [-1, 1].
+        reconstruction: the factual reconstruction (N, C, *spatial) in [-1, 1]: the same chain without guidance.
+        difference: counterfactual minus factual reconstruction, signed (N, C, *spatial) in [-2, 2]. What encoding and
+            decoding alone do to an image is thus not taken for a change.
         region: where change was allowed, bool (N, 1, *spatial); None: everywhere.
         probabilities: of the input, by the network's head (N, K).
         probabilities_reconstruction: of the factual reconstruction (N, K).
         probabilities_counterfactual: of the counterfactual (N, K).
         reached: whether the wanted answer is as probable as was asked for, bool (N,).
-        network_calls: calls of the network or of its encoder per image, mean over the batch.
+        already: whether the network gives the wanted answer to the input itself, bool (N,). These are no successes.
+        overshoot: how far the counterfactual went outside [-1, 1] before it was cut, >= 0 (N,).
+        inversion: latents, calls and residuals of the encoding; None where it added noise.
+        network_calls: evaluations of the network or of its encoder per image, mean over the batch; those of an
+            autoencoder are not counted.
         seconds: wall time of the batch.
         record: to make them again.
     """
@@ -228,6 +324,33 @@ class CounterfactualResult:
     probabilities_reconstruction: torch.Tensor
     probabilities_counterfactual: torch.Tensor
     reached: torch.Tensor
+    already: torch.Tensor
+    overshoot: torch.Tensor
+    inversion: InversionResult | None
     network_calls: float
     seconds: float
     record: CounterfactualRecord
+
+    def cautions(self, index: int) -> list[str]:
+        """What speaks against the counterfactual of an image, as far as the chain knows.
+
+        Args:
+            index: of the image in the batch.
+
+        Returns:
+            Sentences; empty when nothing does.
+        """
+        found = []
+        unchanged = self.record.scale[index] == 0
+        if bool(self.already[index]):
+            end = "nothing was changed." if unchanged else "the change makes it only more probable."
+            found.append(f"The network already gives this answer: {end}")
+        elif unchanged:
+            found.append("The factual reconstruction has the requested probability: no change was searched for.")
+        overshoot = float(self.overshoot[index])
+        if overshoot > _FAR_OUTSIDE:
+            found.append(
+                f"Before it was cut the counterfactual left the range of images, [-1, 1], by {overshoot:.1f}: the rule "
+                "or its strength does not suit this network."
+            )
+        return found

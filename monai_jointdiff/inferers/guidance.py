@@ -20,6 +20,8 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 
+from monai_jointdiff.networks import ClassifierHead
+
 from .chain import Parametrization
 
 __all__ = ["ClassifierGuidance", "Guidance", "GuidanceStep", "RepresentationGuidance"]
@@ -98,6 +100,22 @@ class Guidance(ABC):
         Returns:
             Model output (N, C, *spatial), without a graph.
         """
+
+    def check_network(self, network: Any) -> None:
+        """Compares the network with what the rule needs.
+
+        Args:
+            network: the bare network, not inside DistributedDataParallel or ``torch.compile``.
+
+        Raises:
+            TypeError: when the network lacks something.
+        """
+        missing = [name for name in self.requires if getattr(network, name, None) is None]
+        if missing:
+            raise TypeError(
+                f"{type(self).__name__}: the network lacks {missing} (JointDiffusionUNet has them), "
+                f"got {type(network).__name__}."
+            )
 
     def check(self, batch_size: int, num_classes: int, multi_label: bool) -> None:
         """Compares the target with the network and the batch.
@@ -193,7 +211,8 @@ class RepresentationGuidance(Guidance):
     gradient, which moves away from the target. A head that averages every map over its pixels gives one pixel a small
     gradient, and useful scales are large (1000 in the published code). The default head ``standardized`` also takes
     maxima, whose gradient meets single pixels undivided, and knows the statistics of clean images only: on noisy maps
-    its logits are far out. For this rule train with ``head="mediffusion"``, or guide by :py:class:`ClassifierGuidance`.
+    its logits are far out and the images left their range. The rule refuses it: train with ``head="mediffusion"``, or
+    guide by :py:class:`ClassifierGuidance`.
 
     One guided step costs one call of the network and a backward pass of the head alone.
 
@@ -209,6 +228,25 @@ class RepresentationGuidance(Guidance):
     """
 
     requires = ("num_classes", "encode", "decode", "head")
+
+    def check_network(self, network: Any) -> None:
+        """Compares the network with what the rule needs.
+
+        Args:
+            network: the bare network, not inside DistributedDataParallel or ``torch.compile``.
+
+        Raises:
+            TypeError: when the network lacks something.
+            ValueError: when its head is ``standardized``.
+        """
+        super().check_network(network)
+        head = getattr(network, "classifier", None)
+        if isinstance(head, ClassifierHead) and head.with_maximum:
+            raise ValueError(
+                "RepresentationGuidance: the network's head is 'standardized', which takes maxima of the maps and "
+                "knows those of clean images only; this rule needs one that averages. Train with head='mediffusion' "
+                "(bundles: --head mediffusion of train.json), or guide by ClassifierGuidance (rule 'classifier')."
+            )
 
     def __call__(self, step: GuidanceStep) -> torch.Tensor:
         """The guided model output (N, C, *spatial), see :py:class:`Guidance`."""

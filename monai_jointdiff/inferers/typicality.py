@@ -29,6 +29,8 @@ __all__ = ["DenoisingProfile", "Typicality"]
 
 LedoitWolf, _ = optional_import("sklearn.covariance", name="LedoitWolf")
 
+_FOLDS = 5
+
 
 class DenoisingProfile:
     """The logarithms of an image's denoising errors at a few fixed noise levels, under the null class.
@@ -132,8 +134,8 @@ class Typicality:
     .. code-block:: python
 
         profile = DenoisingProfile(scheduler)
-        usual = Typicality.fit(profile(validation_images, network))
-        unusual = usual.score(profile(images, network)) > usual.threshold(profile(validation_images, network), 0.95)
+        known = profile(validation_images, network)
+        unusual = Typicality.fit(known).score(profile(images, network)) > Typicality.held_out_threshold(known, 0.95)
     """
 
     mean: torch.Tensor
@@ -172,4 +174,30 @@ class Typicality:
         Returns:
             the quantile.
         """
-        return float(torch.quantile(self.score(profiles), torch.as_tensor(share, dtype=torch.float64)))
+        return _quantile(self.score(profiles), share)
+
+    @classmethod
+    def held_out_threshold(cls, profiles: torch.Tensor, share: float = 0.95) -> float:
+        """The threshold where there are no new profiles: each fifth is scored by what is fitted on the other four.
+
+        Profiles lie closer to a mean and covariance fitted on them than new ones of the same kind do.
+
+        Args:
+            profiles: (M, D) of at least five images.
+            share: in (0, 1).
+
+        Returns:
+            the quantile over all profiles.
+
+        Raises:
+            ValueError: for fewer than five profiles, or as :meth:`fit`.
+        """
+        if len(profiles) < _FOLDS:
+            raise ValueError(f"Typicality: a held-out threshold needs at least {_FOLDS} profiles, got {len(profiles)}.")
+        fold = torch.arange(len(profiles)) % _FOLDS
+        scores = [cls.fit(profiles[fold != k]).score(profiles[fold == k]) for k in range(_FOLDS)]
+        return _quantile(torch.cat(scores), share)
+
+
+def _quantile(values: torch.Tensor, share: float) -> float:
+    return float(torch.quantile(values, torch.as_tensor(share, dtype=values.dtype)))

@@ -44,8 +44,9 @@ class JointDiffusionLoss(_Loss):
             (:class:`~monai_jointdiff.handlers.WeightSchedule`). The gradient of the cross-entropy on the encoder is
             about a hundred times that of the diffusion term: a large alpha raises the denoising error.
         multi_label: True: K independent findings, binary cross-entropy averaged over the known entries.
-        class_weights: K positive numbers. Multi-class: weight of each class in the mean, as in
-            `torch.nn.functional.cross_entropy`. Multi-label: weight of the positive entries of each finding
+        class_weights: K positive numbers. Multi-class: weight of each class in the sum, which is divided by the number
+            of labelled images, not by their weights as in `torch.nn.functional.cross_entropy`: batch by batch that
+            would favor frequent classes. Multi-label: weight of the positive entries of each finding
             (`pos_weight` of `binary_cross_entropy_with_logits`).
         label_smoothing: in [0, 1): multi-class as in torch; multi-label: y becomes y (1 - s) + s / 2.
 
@@ -159,14 +160,16 @@ class JointDiffusionLoss(_Loss):
         return processes * loss_sum / torch.where(count > 0, count, torch.ones_like(count))
 
     def _multi_class_entries(self, logits: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
-        """Sum of the labelled samples' losses and of their weights."""
+        """Sum of the labelled samples' weighted losses and their number.
+
+        Not the sum of their weights, which would give a batch of one class the full weight, however small the class's.
+        """
         weights = logits.new_ones(logits.shape[1]) if self.class_weights is None else self.class_weights.to(logits)
         smoothing = self.label_smoothing
         loss_sum = F.cross_entropy(
             logits, label.long(), weights, ignore_index=-1, reduction="sum", label_smoothing=smoothing
         )  # 0 with gradients of 0 if all are -1
-        known = label >= 0
-        return loss_sum, (weights[label.long().clamp(min=0)] * known).sum()
+        return loss_sum, (label >= 0).sum().to(logits)
 
     def _multi_label_entries(self, logits: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
         """Sum of the known entries' losses and their number."""

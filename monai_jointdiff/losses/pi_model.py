@@ -32,6 +32,11 @@ class PiModelLoss:
     .. math::
         L_u = \frac{1}{U K} \sum_u \|z_u - z'_u\|^2
 
+    Its weight has to grow slowly (:class:`~monai_jointdiff.handlers.UnlabelledWeightSchedule`), else the network keeps
+    to one answer for all images. The largest weight of the authors, 100 M / N for M labels among N images, stands
+    beside a cross-entropy summed over the labelled images of a batch of all: beside a mean over the labelled images, as
+    here, it is an `unlabelled_weight` of 100.
+
     Gradients flow into both views. With a teacher (Tarvainen and Valpola, "Mean teachers are better role models",
     arXiv 1703.01780) the first view is the teacher's and has none.
 

@@ -86,7 +86,7 @@ class SemiSupervisedLoss(JointDiffusionLoss):
     Args:
         term: the algorithm for unlabelled images, such as :class:`FixMatchLoss`; None: there is no third term, and the
             unlabelled images serve the denoising only ("joint").
-        unlabelled_weight: lambda_u >= 0.
+        unlabelled_weight: lambda_u >= 0; :class:`~monai_jointdiff.handlers.UnlabelledWeightSchedule` changes it.
         options: those of :class:`JointDiffusionLoss`.
 
     Attributes:

@@ -29,10 +29,13 @@ from monai_jointdiff.metrics.classification import (
     roc_curve,
 )
 from monai_jointdiff.metrics.counterfactual import (
+    CompositionMetric,
+    CounterfactualTransitionMetric,
     CounterfactualValidityMetric,
     FlipFigures,
     FlipReport,
     ProximityMetric,
+    ReversibilityMetric,
     composition,
     cout,
     flip_rate,
@@ -45,6 +48,12 @@ from monai_jointdiff.metrics.counterfactual import (
     structural_similarity,
     target_probability,
     wilson_interval,
+)
+from monai_jointdiff.metrics.counterfactual_figures import (
+    CounterfactualFigures,
+    Judgement,
+    ProximityFigures,
+    counterfactual_figures,
 )
 from monai_jointdiff.metrics.cumulative import DenoisingErrorMetric, MacroAUCMetric
 from monai_jointdiff.metrics.detection import (
@@ -65,9 +74,11 @@ from monai_jointdiff.metrics.generation import (
     kernel_distance,
 )
 from monai_jointdiff.metrics.localization import (
+    BestThresholdMetric,
     LocalizationMetric,
     LocalizationReport,
     Preservation,
+    PreservationMetric,
     best_threshold,
     change_map,
     localization_auprc,
@@ -94,8 +105,12 @@ from monai_jointdiff.metrics.selective import (
 )
 
 __all__ = [
+    "BestThresholdMetric",
     "BrierScoreMetric",
     "ClassificationReport",
+    "CompositionMetric",
+    "CounterfactualFigures",
+    "CounterfactualTransitionMetric",
     "CounterfactualValidityMetric",
     "DenoisingErrorMetric",
     "DetectionReport",
@@ -106,16 +121,20 @@ __all__ = [
     "FloorResult",
     "GaussianReference",
     "Interval",
+    "Judgement",
     "KernelDistance",
     "LocalizationMetric",
     "LocalizationReport",
     "MacroAUCMetric",
     "MomentsDetector",
     "Preservation",
+    "PreservationMetric",
     "PrincipalComponentDetector",
+    "ProximityFigures",
     "ProximityMetric",
     "RandomConvFeatures",
     "ReliabilityBins",
+    "ReversibilityMetric",
     "RiskCoverageCurve",
     "SelectiveReport",
     "abstention_threshold",
@@ -129,6 +148,7 @@ __all__ = [
     "choose_threshold",
     "classification_report",
     "composition",
+    "counterfactual_figures",
     "cout",
     "detection_report",
     "excess_area_under_risk_coverage",

@@ -32,7 +32,7 @@ __all__ = [
     "reliability_bins",
 ]
 
-_TEMPERATURES = (0.05, 20.0)  # beyond, probabilities are one-hot or uniform to the eye
+_TEMPERATURES = (0.05, 20.0)  # of the spread of the logits; beyond, probabilities are one-hot or uniform to the eye
 _SMALLEST_PROBABILITY = 1e-6  # where the logit axis ends, for plateaus that are open on one side
 
 
@@ -40,42 +40,64 @@ def fit_temperature(logits: Any, labels: Any, multi_label: bool | None = None) -
     r"""Temperature T > 0 that minimizes the negative log-likelihood of softmax(logits / T) (sigmoid when multi-label).
 
     One scalar for all classes, so accuracy and (binary) AUC do not change. Guo et al., ICML 2017, equation 9,
-    arXiv:1706.04599. Found by LBFGS in log T, float64.
+    arXiv:1706.04599. Found by LBFGS in log T, float64. T goes with the size of the logits: those of a head, logarithms
+    of votes, or sums of squared errors.
 
     Args:
-        logits: (N, K), of data the network was not trained on.
+        logits: (N, K), of data the network was not trained on. Minus infinity is a class that has been ruled out; an
+            image whose own class has been says nothing about T and is left out.
         labels: (N,) class indices, -1 unlabelled; or (N, K) entries 0, 1, and -1 or NaN for unknown.
         multi_label: None leaves it to the shape of `labels`.
 
     Returns:
-        T within [0.05, 20]. The likelihood of separable data has no maximum (T would go to 0): the end of the range is
-        then returned with a warning.
+        T from 0.05 to 20 times the spread of the logits: the mean over images of the largest minus the smallest one
+        (multi-label: of their size). The likelihood of separable data has no maximum (T would go to 0): the end of the
+        range is then returned with a warning. 1 where the logits of no image differ.
 
     Raises:
-        ValueError: for wrong shapes, logits that are not finite, or no labelled image.
+        ValueError: for wrong shapes, logits that are NaN or infinite, or no labelled image.
     """
     array = as_array(logits)
-    if array.ndim != 2 or not np.isfinite(array).all():
-        raise ValueError(f"fit_temperature: logits must be finite and (N, K), got shape {array.shape}.")
+    if array.ndim != 2 or not (np.isfinite(array) | np.isneginf(array)).all():
+        raise ValueError(
+            f"fit_temperature: logits must be (N, K), finite or minus infinity, got shape {array.shape}"
+            f"{'' if array.ndim != 2 else ' with NaN or infinity'}."
+        )
     targets = check_labels(labels, array.shape[1], "fit_temperature")
     multi_label = is_multi_label(targets, multi_label, "fit_temperature")
     if len(targets) != len(array) or not (targets >= 0).any():
         raise ValueError(f"fit_temperature: {len(array)} rows of logits, {(targets >= 0).sum()} known labels.")
-    scores, truth = torch.from_numpy(array), torch.from_numpy(targets)
+    if multi_label:
+        array, targets = _questions(array, targets)
+    array, targets = array[targets >= 0], targets[targets >= 0]
+    possible = np.isfinite(array[np.arange(len(array)), targets])
+    if not possible.any():
+        raise ValueError("fit_temperature: the class of every labelled image has been ruled out.")
+    array, targets = array[possible], targets[possible]
+    ruled_out = np.isneginf(array)
+    spread = float((array.max(1) - np.where(ruled_out, np.inf, array).min(1)).mean())
+    if spread == 0:
+        return 1.0
+    in_race, out = torch.from_numpy(np.where(ruled_out, 0.0, array) / spread), torch.from_numpy(ruled_out)
+    truth = torch.from_numpy(targets)
 
     def negative_log_likelihood(log_temperature: torch.Tensor) -> torch.Tensor:
-        scaled = scores * torch.exp(-log_temperature)
-        if multi_label:
-            return F.binary_cross_entropy_with_logits(scaled[truth >= 0], truth[truth >= 0].double())
-        return F.cross_entropy(scaled, truth, ignore_index=-1)
+        scaled = (in_race * torch.exp(-log_temperature)).masked_fill(out, -torch.inf)
+        return F.cross_entropy(scaled, truth)
 
-    temperature = float(np.exp(_minimize(negative_log_likelihood)))
+    relative = float(np.exp(_minimize(negative_log_likelihood)))
     low, high = _TEMPERATURES
-    if not low < temperature < high:
-        limit = min(max(temperature, low), high)
+    if not low < relative < high:
+        limit = spread * min(max(relative, low), high)
         warnings.warn(f"fit_temperature: the best temperature lies beyond {limit:g}, which is used.", stacklevel=2)
         return limit
-    return temperature
+    return spread * relative
+
+
+def _questions(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Each label as a question with two answers: the softmax of (0, z) is the sigmoid of z."""
+    present = logits.ravel()
+    return np.stack([np.zeros_like(present), present], axis=1), labels.ravel().astype(np.int64)
 
 
 def _minimize(objective: Any) -> float:

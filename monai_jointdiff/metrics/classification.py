@@ -366,16 +366,32 @@ def _probability_statistics(scores: np.ndarray, truth: np.ndarray, num_bins: int
     gap = np.where(known, np.nan_to_num(outcome) - confidence, 0)
     index = bin_index(confidence, num_bins)
     in_bins = np.stack([(gap * (index == b)).sum(1) for b in range(num_bins)], axis=1)  # (N, num_bins)
-    entries = known.sum(1).astype(np.float64)
-    squares = (gap**2).sum(1)
-    if truth.ndim == 1 and scores.shape[1] > 2:
-        squares = ((scores - np.eye(scores.shape[1])[truth]) ** 2).sum(1)
+    squares, entries = squared_distances(scores, truth)
 
     def evaluate(weights: np.ndarray) -> dict[str, np.ndarray]:
         total = weights @ entries
         return {"ece": np.abs(weights @ in_bins).sum(1) / total, "brier": weights @ squares / total}
 
     return evaluate
+
+
+def squared_distances(scores: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What the Brier score is the mean of: squared distances of each image, and of how many entries it is the sum.
+
+    Args:
+        scores: probabilities (N, K).
+        truth: (N,) class indices, or (N, K) entries 0, 1; -1 unknown.
+
+    Returns:
+        (N,) each. Binary: (p - y)^2 of class 1; more classes: the sum over them, for one entry; multi-label: the sum
+        over the known entries. An image without a label has no entry.
+    """
+    known = truth >= 0
+    if truth.ndim == 2:
+        return (np.where(known, scores - truth, 0) ** 2).sum(1), known.sum(1).astype(np.float64)
+    distances = (scores - np.eye(scores.shape[1])[truth]) ** 2
+    squares = distances[:, 1] if scores.shape[1] == 2 else distances.sum(1)
+    return np.where(known, squares, 0), known.astype(np.float64)
 
 
 def area_under_roc(scores: Any, labels: Any) -> float:

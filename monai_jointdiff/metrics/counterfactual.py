@@ -28,10 +28,13 @@ from monai_jointdiff.metrics.generation import frechet_distance
 from monai_jointdiff.metrics.inputs import as_array, check_labels, check_probabilities
 
 __all__ = [
+    "CompositionMetric",
+    "CounterfactualTransitionMetric",
     "CounterfactualValidityMetric",
     "FlipFigures",
     "FlipReport",
     "ProximityMetric",
+    "ReversibilityMetric",
     "composition",
     "cout",
     "flip_rate",
@@ -230,8 +233,9 @@ def flip_rate(
         enforce: as in :func:`target_probability`.
         multi_label: as in :func:`target_probability`.
         class_names: K distinct names; None: "0", "1", ...
-        groups: (N,) keys such as patients, whose images resemble each other: all intervals are then bootstraps that
-            draw whole groups. None: Wilson intervals for the rates, bootstraps over images for the gains.
+        groups: (N,) keys such as patients, whose images resemble each other: intervals over images of which several
+            share a key are bootstraps that draw whole groups. None, and where no two images share one: Wilson
+            intervals for the rates, bootstraps over images for the gains.
         bootstrap: number of resamples; 0: no bootstrap intervals.
         seed: of the resamples.
         confidence: of the intervals.
@@ -254,7 +258,8 @@ def flip_rate(
 
     def figures(asked: np.ndarray) -> FlipFigures:
         chosen = asked & ~already
-        drawn = None if keys is None else keys[chosen]
+        alone = keys is None or len(np.unique(keys[chosen])) == chosen.sum()  # every group has one image
+        drawn = None if keys is None or alone else keys[chosen]
         return _flip_figures(
             flipped[chosen],
             (p_after - p_before)[chosen],
@@ -272,7 +277,8 @@ def flip_rate(
             "resamples": bootstrap,
             "confidence": confidence,
             "seed": seed,
-            "intervals": "bootstrap of groups" if groups is not None else "Wilson (rate), bootstrap of images (gain)",
+            "intervals": "Wilson (rate), bootstrap of images (gain)"
+            + ("; bootstrap of groups where one has several images" if groups is not None else ""),
         },
     )
 
@@ -587,7 +593,41 @@ def reversibility(images: Any, there: Callable[[Any], Any], back: Callable[[Any]
 # ---- over a validation run
 
 
-class CounterfactualValidityMetric(CumulativeIterationMetric):
+class _MeanMetric(CumulativeIterationMetric):
+    """A figure of each image, and its mean over all images since the last reset."""
+
+    def aggregate(self) -> float:  # type: ignore[override]
+        """Mean over all images since the last reset."""
+        values = self.get_buffer()
+        return float(values.mean())
+
+
+class _AnswerMetric(_MeanMetric):
+    """A figure about what was asked for.
+
+    Args:
+        multi_label: columns are independent labels.
+    """
+
+    def __init__(self, multi_label: bool = False) -> None:
+        super().__init__()
+        self.multi_label = multi_label
+
+    def _asked(self, wanted: torch.Tensor, num_classes: int) -> tuple[Any, Any]:
+        """Target (N,) and whether it shall be there; of labels from rows with one entry that is not -1."""
+        if not self.multi_label:
+            return wanted, True
+        name = type(self).__name__
+        entries = check_labels(wanted, num_classes, name)
+        if entries.ndim != 2 or ((entries >= 0).sum(1) != 1).any():
+            raise ValueError(
+                f"{name}: labels (N, {num_classes}) with one entry 0 or 1 in each row and -1 elsewhere expected, got "
+                f"shape {entries.shape}."
+            )
+        return (entries >= 0).argmax(1), entries.max(1) == 1
+
+
+class CounterfactualValidityMetric(_AnswerMetric):
     """How many counterfactuals a classifier gives what was asked for, over a whole run.
 
     For :class:`monai.handlers.IgniteMetricHandler`, with batches or decollated lists, on one process or many:
@@ -596,7 +636,8 @@ class CounterfactualValidityMetric(CumulativeIterationMetric):
     is for the caller to choose (see :func:`flip_rate`).
 
     Args:
-        figure: `"rate"`, the share that reached the target, or `"probability"`, the mean probability of the target.
+        figure: `"rate"`, the share that reached the target; `"probability"`, the mean probability of the target; or
+            `"gain"`, how much that rose: predictions are then (N, 2, K), of the images and of the counterfactuals.
         multi_label: columns are independent labels.
 
     Raises:
@@ -604,36 +645,63 @@ class CounterfactualValidityMetric(CumulativeIterationMetric):
     """
 
     def __init__(self, figure: str = "rate", multi_label: bool = False) -> None:
-        super().__init__()
-        figures = {"rate": reached_target, "probability": target_probability}
+        super().__init__(multi_label)
+        figures = {"rate": reached_target, "probability": target_probability, "gain": target_probability}
         if figure not in figures:
             raise ValueError(f"{type(self).__name__}: figure must be one of {sorted(figures)}, got {figure!r}.")
+        self.figure = figure
         self.evaluate = figures[figure]
-        self.multi_label = multi_label
 
     def _compute_tensor(self, y_pred: torch.Tensor, y: torch.Tensor, **kwargs: Any) -> torch.Tensor:  # type: ignore[override]
-        """(N,) reached or not, or probability, of each image."""
-        target, enforce = self._asked(y, y_pred.shape) if self.multi_label else (y, True)
-        values = self.evaluate(y_pred, target, enforce, multi_label=self.multi_label)
-        return torch.as_tensor(values.astype(np.float64), device=y_pred.device)
-
-    def _asked(self, wanted: torch.Tensor, shape: torch.Size) -> tuple[np.ndarray, np.ndarray]:
-        """Label (N,) and whether it shall be there (N,) from rows with one entry that is not -1."""
-        entries = check_labels(wanted, shape[-1], type(self).__name__)
-        if entries.shape != shape or ((entries >= 0).sum(1) != 1).any():
-            raise ValueError(
-                f"{type(self).__name__}: labels {tuple(shape)} with one entry 0 or 1 in each row and -1 elsewhere "
-                f"expected, got shape {entries.shape}."
-            )
-        return (entries >= 0).argmax(1), entries.max(1) == 1
-
-    def aggregate(self) -> float:  # type: ignore[override]
-        """Mean over all images since the last reset."""
-        values = self.get_buffer()
-        return float(values.mean())
+        """(N,) reached or not, probability, or gain, of each image."""
+        target, enforce = self._asked(y, y_pred.shape[-1])
+        if self.figure != "gain":
+            values = self.evaluate(y_pred, target, enforce, multi_label=self.multi_label).astype(np.float64)
+            return torch.as_tensor(values, device=y_pred.device)
+        before, after = _pairs(y_pred, 3, "probabilities (N, 2, K)", type(self).__name__)
+        gain = [self.evaluate(p, target, enforce, multi_label=self.multi_label) for p in (before, after)]
+        return torch.as_tensor(gain[1] - gain[0], device=y_pred.device)
 
 
-class ProximityMetric(CumulativeIterationMetric):
+class CounterfactualTransitionMetric(_AnswerMetric):
+    """Counterfactual transition score :func:`cout`, mean over a whole run.
+
+    For :class:`monai.handlers.IgniteMetricHandler`, with batches or decollated lists, on one process or many:
+    predictions are pairs (N, 2, C, *spatial) of images and counterfactuals, labels what was asked for, as in
+    :class:`CounterfactualValidityMetric`.
+
+    Args:
+        classify: as in :func:`cout`.
+        multi_label: columns are independent labels.
+        steps: as in :func:`cout`.
+        batch_size: as in :func:`cout`.
+    """
+
+    def __init__(self, classify: Classify, multi_label: bool = False, steps: int = 50, batch_size: int = 64) -> None:
+        super().__init__(multi_label)
+        self.classify = classify
+        self.steps = steps
+        self.batch_size = batch_size
+
+    def _compute_tensor(self, y_pred: torch.Tensor, y: torch.Tensor, **kwargs: Any) -> torch.Tensor:  # type: ignore[override]
+        """(N,) score of each image."""
+        images, counterfactuals = _pairs(y_pred, 4, "images (N, 2, C, *spatial)", type(self).__name__)
+        target, enforce = self._asked(y, y.shape[-1])
+        options = {"steps": self.steps, "batch_size": self.batch_size}
+        scores = cout(
+            images, counterfactuals, self.classify, target, None, enforce, multi_label=self.multi_label, **options
+        )
+        return torch.as_tensor(scores, device=y_pred.device)
+
+
+def _pairs(values: torch.Tensor, axes: int, expected: str, caller: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """What stands side by side along the second axis."""
+    if values.ndim < axes or values.shape[1] != 2:
+        raise ValueError(f"{caller}: predictions must be pairs of {expected}, got shape {tuple(values.shape)}.")
+    return values[:, 0], values[:, 1]
+
+
+class ProximityMetric(_MeanMetric):
     """How close counterfactuals stay to their images, over a whole run.
 
     For :class:`monai.handlers.IgniteMetricHandler`, with batches or decollated lists, on one process or many:
@@ -659,7 +727,50 @@ class ProximityMetric(CumulativeIterationMetric):
         """(N,) figure of each image."""
         return torch.as_tensor(self.evaluate(y, y_pred), device=y_pred.device)
 
-    def aggregate(self) -> float:  # type: ignore[override]
-        """Mean over all images since the last reset."""
-        values = self.get_buffer()
-        return float(values.mean())
+
+class CompositionMetric(_MeanMetric):
+    """How far an intervention that asks for nothing moves images, over a whole run: :func:`composition`.
+
+    For :class:`monai.handlers.IgniteMetricHandler`, with batches, on one process or many: predictions are the images
+    (N, C, *spatial), labels are not looked at and may be None.
+
+    Args:
+        reconstruct: maps images to their factual reconstruction.
+        cycles: after how many repetitions to measure, at least 1.
+
+    Raises:
+        ValueError: for fewer than one cycle.
+    """
+
+    def __init__(self, reconstruct: Callable[[Any], Any], cycles: int = 1) -> None:
+        super().__init__()
+        if cycles < 1:
+            raise ValueError(f"{type(self).__name__}: cycles must be at least 1, got {cycles}.")
+        self.reconstruct = reconstruct
+        self.cycles = cycles
+
+    def _compute_tensor(self, y_pred: torch.Tensor, y: Any = None, **kwargs: Any) -> torch.Tensor:
+        """(N,) L1 distance of each image to what became of it."""
+        moved = composition(y_pred, self.reconstruct, (self.cycles,))[self.cycles]
+        return torch.as_tensor(moved, device=y_pred.device)
+
+
+class ReversibilityMetric(_MeanMetric):
+    """How far images are from themselves after a change and its opposite, over a whole run: :func:`reversibility`.
+
+    For :class:`monai.handlers.IgniteMetricHandler`, with batches, on one process or many: predictions are the images
+    (N, C, *spatial), labels are not looked at and may be None.
+
+    Args:
+        there: maps images to counterfactuals of another class.
+        back: maps counterfactuals to the class of the images.
+    """
+
+    def __init__(self, there: Callable[[Any], Any], back: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self.there = there
+        self.back = back
+
+    def _compute_tensor(self, y_pred: torch.Tensor, y: Any = None, **kwargs: Any) -> torch.Tensor:
+        """(N,) L1 distance of each image to what came back."""
+        return torch.as_tensor(reversibility(y_pred, self.there, self.back), device=y_pred.device)

@@ -26,9 +26,11 @@ from monai_jointdiff.metrics.counterfactual import group_keys
 from monai_jointdiff.metrics.inputs import as_array
 
 __all__ = [
+    "BestThresholdMetric",
     "LocalizationMetric",
     "LocalizationReport",
     "Preservation",
+    "PreservationMetric",
     "best_threshold",
     "change_map",
     "localization_auprc",
@@ -446,3 +448,57 @@ class LocalizationMetric(CumulativeIterationMetric):
         """Mean over all images with a mask since the last reset; NaN when there is none."""
         values = self.get_buffer()
         return float(values.nanmean())
+
+
+class BestThresholdMetric(CumulativeIterationMetric):
+    """Mean IoU over a whole run at the one threshold that is best for these very images: a ceiling.
+
+    For :class:`monai.handlers.IgniteMetricHandler`, with batches or decollated lists, on one process or many:
+    predictions are maps (N, C, *spatial) of one size, labels masks (N, 1, *spatial). All maps are kept until the end.
+    """
+
+    def _compute_tensor(self, y_pred: torch.Tensor, y: torch.Tensor, **kwargs: Any) -> list[torch.Tensor]:  # type: ignore[override]
+        """Changes (N, 1, P) and masks (N, 1, P) of all pixels."""
+        values, inside = _flat(y_pred, y, type(self).__name__)
+        return [torch.as_tensor(part[:, None], device=y_pred.device) for part in (values, inside)]
+
+    def aggregate(self) -> float:  # type: ignore[override]
+        """Mean over all images with a mask since the last reset; NaN when there is none."""
+        maps, masks = self.get_buffer()
+        if not bool(masks.any()):
+            return float("nan")
+        return float(np.nanmean(localization_iou(maps, masks, best_threshold(maps, masks))))
+
+
+class PreservationMetric(CumulativeIterationMetric):
+    """How much images change inside and outside their masks, over a whole run: :func:`preservation`.
+
+    For :class:`monai.handlers.IgniteMetricHandler`, with batches or decollated lists, on one process or many:
+    predictions are changes (N, C, *spatial), not normalized, labels masks (N, 1, *spatial).
+
+    Args:
+        figure: `"inside"` or `"outside"`, the mean change per pixel there over the images where that is defined; or
+            `"ratio"`, outside over inside, a ratio of means as in :class:`LocalizationReport`.
+
+    Raises:
+        ValueError: for another figure.
+    """
+
+    def __init__(self, figure: str = "ratio") -> None:
+        super().__init__()
+        if figure not in ("inside", "outside", "ratio"):
+            raise ValueError(
+                f"{type(self).__name__}: figure must be one of ['inside', 'outside', 'ratio'], got {figure!r}."
+            )
+        self.figure = figure
+
+    def _compute_tensor(self, y_pred: torch.Tensor, y: torch.Tensor, **kwargs: Any) -> list[torch.Tensor]:  # type: ignore[override]
+        """(N,) change inside and (N,) outside, NaN in both where the mask is empty."""
+        parts = preservation(y_pred, y)
+        outside = np.where(np.isnan(parts.inside), np.nan, parts.outside)
+        return [torch.as_tensor(part, device=y_pred.device) for part in (parts.inside, outside)]
+
+    def aggregate(self) -> float:  # type: ignore[override]
+        """The figure over all images with a mask since the last reset; NaN when there is none."""
+        inside, outside = (part.nanmean() for part in self.get_buffer())
+        return float({"inside": inside, "outside": outside, "ratio": outside / inside}[self.figure])

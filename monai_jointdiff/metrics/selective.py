@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from monai_jointdiff.metrics.bootstrap import Interval, Statistics, bootstrap_intervals
-from monai_jointdiff.metrics.classification import _columns
+from monai_jointdiff.metrics.classification import _columns, squared_distances
 from monai_jointdiff.metrics.counterfactual import group_keys
 from monai_jointdiff.metrics.cumulative import MacroAUCMetric
 from monai_jointdiff.metrics.inputs import as_array, check_labels, check_probabilities, is_multi_label
@@ -442,23 +442,24 @@ def _check_decided(decided: Any, truth: np.ndarray, num_classes: int) -> np.ndar
 def brier_score(probabilities: Any, labels: Any, multi_label: bool | None = None) -> float:
     """Brier score: squared distance of the probabilities from what came true (Brier 1950).
 
+    Of two classes it is that of class 1 alone, half the sum over both, as scikit-learn's `brier_score_loss` and
+    :func:`~monai_jointdiff.metrics.classification.classification_report` have it.
+
     Args:
         probabilities: (N, K); rows sum to 1 unless multi-label.
         labels: (N,) class indices, -1 unlabelled; or (N, K) entries 0, 1, and -1 or NaN for unknown (multi-label).
         multi_label: None leaves it to the shape of `labels`.
 
     Returns:
-        mean over labelled images of the sum over classes, in [0, 2]: with two classes it is twice the mean of
-        (p - y)^2 that is often given for binary problems. Multi-label: mean over known entries, in [0, 1].
+        binary: mean over labelled images of (p - y)^2 of class 1, in [0, 1]; more classes: mean of the sum over
+        classes, in [0, 2]; multi-label: mean over known entries, in [0, 1].
 
     Raises:
         ValueError: for input of the wrong shape or range, or no known label.
     """
     scores, truth = _checked(probabilities, labels, multi_label, "brier_score")
-    known = truth >= 0
-    if truth.ndim == 2:
-        return float(((scores - truth)[known] ** 2).mean())
-    return float(((scores[known] - np.eye(scores.shape[1])[truth[known]]) ** 2).sum(1).mean())
+    squares, entries = squared_distances(scores, truth)
+    return float(squares.sum() / entries.sum())
 
 
 class BrierScoreMetric(MacroAUCMetric):
@@ -476,7 +477,7 @@ class BrierScoreMetric(MacroAUCMetric):
         """The score over all images since the last reset.
 
         Returns:
-            value in [0, 2], multi-label in [0, 1]; NaN when no label is known.
+            value in [0, 1], of more than two classes in [0, 2]; NaN when no label is known.
         """
         scores, labels = self.get_buffer()
         return brier_score(scores, labels, self.multi_label) if (labels >= 0).any() else float("nan")

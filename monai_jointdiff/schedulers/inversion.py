@@ -31,23 +31,24 @@ class InversionResult:
         latents: the noisy sample from which DDIM comes back to the input, (N, C, *spatial).
         timestep: the grid point at which the latents stand.
         network_calls: number of network calls, each on the whole batch.
-        iterations: fixed-point iterations at each grid point, from the cleanest to ``timestep``.
-        residual: largest change that a last iteration made at any grid point to any sample, relative to the norm of
-            that sample. NaN when the iteration broke down.
+        iterations: fixed-point iterations of each sample at each grid point, from the cleanest to ``timestep``,
+            (N, points) int64.
+        residual: largest change that a last iteration made at any grid point to each sample, relative to its norm,
+            (N,) float64. NaN when the iteration broke down.
         tolerance: the residual that was asked for.
     """
 
     latents: Tensor
     timestep: int
     network_calls: int
-    iterations: tuple[int, ...]
-    residual: float
+    iterations: Tensor
+    residual: Tensor
     tolerance: float
 
     @property
     def converged(self) -> bool:
-        """Whether the tolerance was reached at every grid point."""
-        return self.residual <= self.tolerance
+        """Whether every sample reached the tolerance at every grid point."""
+        return bool((self.residual <= self.tolerance).all())
 
 
 class DDIMInverter:
@@ -55,8 +56,9 @@ class DDIMInverter:
 
     At each grid point t, going up the grid, it solves ``x_t = inverse_step(epsilon(x_t, t), t, x_s)`` by iteration,
     beginning with x_s itself; one iteration alone is the usual ("naive") DDIM inversion. The iteration contracts,
-    on trained networks slowly: exactness has its price in network calls, and the result states both. Compare
-    Pan et al., "Effective Real Image Editing with Accelerated Iterative Diffusion Inversion"
+    on trained networks slowly: exactness has its price in network calls, and the result states both. A sample that has
+    reached the tolerance stays as it is while others of the batch go on, so that none depends on its neighbours.
+    Compare Pan et al., "Effective Real Image Editing with Accelerated Iterative Diffusion Inversion"
     (https://arxiv.org/abs/2309.04907).
 
     Args:
@@ -77,7 +79,7 @@ class DDIMInverter:
             scheduler.set_timesteps(50)
             result = DDIMInverter(scheduler, tolerance=1e-4)(image, network)
             if not result.converged:
-                print(f"residual {result.residual} after {result.network_calls} network calls")
+                print(f"residuals {result.residual} after {result.network_calls} network calls")
     """
 
     def __init__(self, scheduler: DDIMGridScheduler, tolerance: float = 1e-4, max_iterations: int = 20) -> None:
@@ -116,31 +118,42 @@ class DDIMInverter:
         """
         stop = int(self.scheduler.timesteps[0]) if timestep is None else timestep
         self.scheduler.next_timestep(stop)  # raises if it is not in the grid
-        latents, iterations, residuals = inputs, [], []
+        latents, calls = inputs, 0
+        iterations, residuals = [], []
         for t in self.scheduler.timesteps.flip(0).tolist():
             if t > stop:
                 break
             latents, count, residual = self._solve(latents, network, t)
+            calls += int(count.max())
             iterations.append(count)
             residuals.append(residual)
-        worst = float(torch.tensor(residuals, dtype=torch.float64).max())  # unlike max(), lets NaN through
-        return InversionResult(latents, stop, sum(iterations), tuple(iterations), worst, self.tolerance)
+        worst = torch.stack(residuals).amax(dim=0)  # lets NaN through
+        return InversionResult(latents, stop, calls, torch.stack(iterations, dim=1), worst, self.tolerance)
 
     def _solve(
         self, sample: Tensor, network: Callable[[Tensor, Tensor], Tensor], timestep: int
-    ) -> tuple[Tensor, int, float]:
-        """One grid point: the solution, the iterations and the residual."""
-        timesteps = torch.full((len(sample),), timestep, dtype=torch.int64, device=sample.device)
-        guess, count, residual = sample, 0, math.inf
-        while count < self.max_iterations and not residual <= self.tolerance:
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """One grid point: the solution, and the iterations (N,) and the residual (N,) of each sample."""
+        number = len(sample)
+        timesteps = torch.full((number,), timestep, dtype=torch.int64, device=sample.device)
+        guess, count = sample, torch.zeros(number, dtype=torch.int64)
+        residual = torch.full((number,), math.inf, dtype=torch.float64)
+        for _ in range(self.max_iterations):
+            active = ~(residual <= self.tolerance)  # NaN is not done
+            if not bool(active.any()):
+                break
+            # the whole batch, since the network may be bound to conditions of all its samples
             epsilon = self.scheduler.predict_epsilon(network(guess, timesteps), timestep, guess)
             better = self.scheduler.inverse_step(epsilon, timestep, sample)
-            count, residual, guess = count + 1, _relative_change(better, guess), better
+            residual = torch.where(active, _relative_change(better, guess), residual)
+            going_on = active.to(sample.device).reshape(-1, *[1] * (sample.ndim - 1))
+            guess = torch.where(going_on, better, guess)
+            count = count + active
         return guess, count, residual
 
 
-def _relative_change(new: Tensor, old: Tensor) -> float:
-    """Largest ``||new - old|| / ||new||`` over the batch."""
+def _relative_change(new: Tensor, old: Tensor) -> Tensor:
+    """``||new - old|| / ||new||`` of each sample, (N,) float64 on the CPU."""
     change = (new - old).flatten(1).norm(dim=1)
     scale = new.flatten(1).norm(dim=1).clamp_min(torch.finfo(new.dtype).tiny)
-    return float((change / scale).max())
+    return (change / scale).double().cpu()

@@ -45,6 +45,7 @@ _STRONGEST = 0.9  # share of the color where the change is largest; some gray re
 _SMALLEST_SCALE = 0.05  # change at which the colors end at least: noise is not blown up to a finding
 _TILE_SIDE = 256  # pixels, at least, of the longer side of a tile
 _SHOWN_CLASSES = 6
+_ENDS = {"reached": "", "missed": ", not reached", "already": ", was so before"}
 _BARS = {"image": "#9a9a9a", "reconstruction": "#c9c9c9", "counterfactual": "#0072B2"}
 
 
@@ -89,6 +90,7 @@ class CounterfactualCase:
         probabilities_reconstruction: of the factual reconstruction, K.
         probabilities_counterfactual: of the counterfactual, K.
         reached: whether the wanted answer became as probable as was asked for.
+        already: whether the network gives the wanted answer to the image itself: then nothing was to be explained.
         scale: strength of the rule.
         l1_input: mean absolute difference per pixel of counterfactual and image, images in [-1, 1].
         l1_reconstruction: of counterfactual and factual reconstruction: the change itself.
@@ -97,6 +99,8 @@ class CounterfactualCase:
         seconds: per image, mean over its batch.
         tiles: the pictures.
         label: what is known to be true of the image, in words; None where it is not.
+        remarks: what the inferer has to say against this case, see
+            :meth:`~monai_jointdiff.inferers.CounterfactualResult.cautions`.
     """
 
     name: str
@@ -108,6 +112,7 @@ class CounterfactualCase:
     probabilities_reconstruction: tuple[float, ...]
     probabilities_counterfactual: tuple[float, ...]
     reached: bool
+    already: bool
     scale: float
     l1_input: float
     l1_reconstruction: float
@@ -116,6 +121,7 @@ class CounterfactualCase:
     seconds: float
     tiles: CounterfactualTiles
     label: str | None = None
+    remarks: tuple[str, ...] = ()
 
     @classmethod
     def of(
@@ -129,6 +135,7 @@ class CounterfactualCase:
         mask: Any = None,
         label: str | None = None,
         limit: float | None = None,
+        slice_index: int | None = None,
     ) -> CounterfactualCase:
         """One image of a batch of counterfactuals.
 
@@ -141,6 +148,7 @@ class CounterfactualCase:
             mask: where the true finding is, (1, *spatial) or (*spatial), for its outline; None: unknown.
             label: what is true of the image, in words.
             limit: change at which the colors end; None: the largest change.
+            slice_index: of a volume the slice to show, along its first axis; None: the one that changes most.
 
         Returns:
             numbers and pictures of that image.
@@ -168,15 +176,42 @@ class CounterfactualCase:
             probabilities_reconstruction=tuple(result.probabilities_reconstruction[index].tolist()),
             probabilities_counterfactual=tuple(result.probabilities_counterfactual[index].tolist()),
             reached=bool(result.reached[index]),
+            already=bool(result.already[index]),
             scale=float(result.record.scale[index]),
             l1_input=_distance(counterfactual, image),
             l1_reconstruction=float(np.abs(difference).mean(dtype=np.float64)),
             l1_encoding=_distance(reconstruction, image),
             network_calls=float(result.network_calls),
             seconds=float(result.seconds) / size,
-            tiles=_tiles(image, reconstruction, counterfactual, difference, region, mask, limit),
+            tiles=_tiles(image, reconstruction, counterfactual, difference, region, mask, limit, slice_index),
             label=label,
+            remarks=tuple(result.cautions(index)),
         )
+
+    @classmethod
+    def of_targets(
+        cls,
+        results: Sequence[CounterfactualResult],
+        index: int = 0,
+        class_names: Sequence[str] | None = None,
+        **parts: Any,
+    ) -> tuple[CounterfactualCase, ...]:
+        """One image of a batch that was brought to several targets, with one scale of colors and one slice for all.
+
+        Args:
+            results: the same batch, once for each target.
+            index: of the image in it.
+            class_names: as for :meth:`of`.
+            parts: further keywords of :meth:`of`.
+
+        Returns:
+            a case for each target.
+        """
+        differences = [np.abs(_array(result.difference[index])) for result in results]
+        limit = float(max(difference.max() for difference in differences))
+        total = np.sum(differences, axis=0)
+        shown = {"limit": limit, "slice_index": _most_changed_slice(total) if total.ndim == 4 else None, **parts}
+        return tuple(cls.of(result, index, class_names, **shown) for result in results)
 
     @property
     def predicted(self) -> int:
@@ -205,6 +240,14 @@ class CounterfactualCase:
         return f"{self.class_names[self.target]}: {'yes' if self.probabilities[self.target] >= 0.5 else 'no'}"
 
     @property
+    def said_of_image(self) -> str:
+        """What the network says of the image whatever was asked for: the class, or the labels that are present."""
+        if not self.multi_label:
+            return f"{self.prediction}, probability {self.confidence:.2f}"
+        present = [name for name, p in zip(self.class_names, self.probabilities, strict=True) if p >= 0.5]
+        return ", ".join(present) or "none"
+
+    @property
     def wanted(self) -> str:
         """What it was to say instead, in words."""
         if not self.multi_label:
@@ -212,14 +255,19 @@ class CounterfactualCase:
         return f"{self.class_names[self.target]}: {'yes' if self.enforce else 'no'}"
 
     @property
+    def outcome(self) -> str:
+        """What became of it: `reached`, `missed`, or `already` where there was nothing to change."""
+        return "already" if self.already else "reached" if self.reached else "missed"
+
+    @property
     def cautions(self) -> list[str]:
         """Why this case should not be trusted, in words; empty when nothing speaks against it."""
-        found = []
-        if not self.reached:
+        found = list(self.remarks)
+        if not (self.reached or self.already):
             found.append("The requested probability was not reached: the change does not explain the other answer.")
         if self._says(self.probabilities) != self._says(self.probabilities_reconstruction):
             found.append("Encoding and decoding alone already change the prediction.")
-        if self.l1_encoding > self.l1_reconstruction:
+        if self.l1_encoding > self.l1_reconstruction and not self.already:
             found.append("Encoding and decoding alone change the image more than the counterfactual does.")
         return found
 
@@ -278,54 +326,107 @@ def difference_overlay(
     return picture
 
 
-def counterfactual_panel(case: CounterfactualCase, channel_names: Sequence[str] | None = None) -> np.ndarray:
-    """One case as a picture for reports and papers: the four pictures side by side, and the probabilities.
+def counterfactual_panel(
+    case: CounterfactualCase | Sequence[CounterfactualCase], channel_names: Sequence[str] | None = None
+) -> np.ndarray:
+    """One image as a picture for reports and papers: the four pictures side by side, and the probabilities.
 
     Args:
-        case: of :meth:`CounterfactualCase.of`.
+        case: of :meth:`CounterfactualCase.of`; or several of one image that was brought to several targets, of
+            :meth:`CounterfactualCase.of_targets`: each has a column with its counterfactual above the change.
         channel_names: written beside channels that stand one below the other; None: nothing.
 
     Returns:
         uint8 (rows, columns, 3).
 
     Raises:
+        ValueError: for no case.
         OptionalImportError: without matplotlib.
     """
+    cases = (case,) if isinstance(case, CounterfactualCase) else tuple(case)
+    if not cases:
+        raise ValueError("counterfactual_panel: at least one case expected.")
+    figure = _panel_of_one(cases[0], channel_names) if len(cases) == 1 else _panel_of_targets(cases, channel_names)
+    figure.set_dpi(120)
+    figure.canvas.draw()
+    return np.ascontiguousarray(np.asarray(figure.canvas.buffer_rgba())[..., :3])
+
+
+def _panel_of_one(case: CounterfactualCase, channel_names: Sequence[str] | None) -> Any:
+    """Image, factual reconstruction, counterfactual and change in a row, then the probabilities."""
     tiles = case.tiles
-    rows, columns = tiles.image.shape[:2]
-    width = min(2.3, max(1.7, 2.3 * columns / rows))  # inches; the titles need 1.7
-    height = min(7.0, width * rows / columns)
+    width, height = _tile_inches(tiles)
     shown = case.shown_classes()
     figure = _new_figure(4 * width + 4.1, max(height, 0.5 + 0.42 * len(shown)) + 1.1)
     grid = figure.add_gridspec(1, 5, width_ratios=(width, width, width, width, 2.5))
     titles = ("image", "factual reconstruction", "counterfactual", "change")
     pictures = (tiles.image, tiles.reconstruction, tiles.counterfactual, tiles.overlay)
     for column, (title, picture) in enumerate(zip(titles, pictures, strict=True)):
-        axes = figure.add_subplot(grid[0, column])
-        axes.imshow(picture, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-        axes.set_title(title, fontsize=10)
-        axes.set_xticks([])
-        axes.set_yticks([])
-        axes.spines[:].set_visible(False)
+        axes = _show(figure.add_subplot(grid[0, column]), picture, title)
         if column == 0 and channel_names is not None:
-            _name_channels(axes, channel_names, rows)
+            _name_channels(axes, channel_names, tiles.image.shape[0])
         if column == 3:
             _write_legend(axes, tiles)
             _color_bar(figure, axes, tiles.limit)
     _draw_probabilities(figure.add_subplot(grid[0, 4]), case, shown)
-    shown_slice = "" if tiles.slice_index is None else f"(slice {tiles.slice_index + 1} of {tiles.num_slices})"
     before, _, after = case.answers
-    end = "" if case.reached else ", not reached"
-    truth = "" if case.label is None else f" (true: {case.label})"
     verdict = (
-        f"{case.prediction}{truth}  \N{RIGHTWARDS ARROW}  {case.wanted}:  probability {before:.2f} "
-        f"\N{RIGHTWARDS ARROW} {after:.2f}{end}"
+        f"{case.prediction}{_truth(case)}  \N{RIGHTWARDS ARROW}  {case.wanted}:  probability {before:.2f} "
+        f"\N{RIGHTWARDS ARROW} {after:.2f}{_ENDS[case.outcome]}"
     )
-    heading = "   ".join(filter(None, (case.name, shown_slice)))
-    figure.suptitle("\n".join(filter(None, (heading, verdict))), fontsize=11, parse_math=False)
-    figure.set_dpi(120)
-    figure.canvas.draw()
-    return np.ascontiguousarray(np.asarray(figure.canvas.buffer_rgba())[..., :3])
+    figure.suptitle("\n".join(filter(None, (_heading(case), verdict))), fontsize=11, parse_math=False)
+    return figure
+
+
+def _panel_of_targets(cases: Sequence[CounterfactualCase], channel_names: Sequence[str] | None) -> Any:
+    """A column with the image above its factual reconstruction, then one with counterfactual and change per target."""
+    first = cases[0]
+    width, height = _tile_inches(first.tiles)
+    figure = _new_figure((1 + len(cases)) * (width + 0.15) + 1.0, 2 * height + 1.9)
+    grid = figure.add_gridspec(2, 1 + len(cases))
+    image = _show(figure.add_subplot(grid[0, 0]), first.tiles.image, "image")
+    reconstruction = _show(figure.add_subplot(grid[1, 0]), first.tiles.reconstruction, "factual reconstruction")
+    if channel_names is not None:
+        for axes in (image, reconstruction):
+            _name_channels(axes, channel_names, first.tiles.image.shape[0])
+    for column, case in enumerate(cases, start=1):
+        before, _, after = case.answers
+        numbers = f"{before:.2f} \N{RIGHTWARDS ARROW} {after:.2f}{_ENDS[case.outcome]}"
+        title = f"to {_shortened(case.wanted)}\n{numbers}"
+        _show(figure.add_subplot(grid[0, column]), case.tiles.counterfactual, title)
+        change = _show(figure.add_subplot(grid[1, column]), case.tiles.overlay, f"change {case.l1_reconstruction:.3f}")
+        _write_legend(change, case.tiles)
+    _color_bar(figure, change, first.tiles.limit)
+    said = f"{first.said_of_image}{_truth(first)}"
+    figure.suptitle("\n".join(filter(None, (_heading(first), said))), fontsize=11, parse_math=False)
+    return figure
+
+
+def _tile_inches(tiles: CounterfactualTiles) -> tuple[float, float]:
+    """Width and height of a picture; the titles need 1.7."""
+    rows, columns = tiles.image.shape[:2]
+    width = min(2.3, max(1.7, 2.3 * columns / rows))
+    return width, min(7.0, width * rows / columns)
+
+
+def _show(axes: Any, picture: np.ndarray, title: str) -> Any:
+    """A picture without axes."""
+    axes.imshow(picture, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+    axes.set_title(title, fontsize=10, parse_math=False)
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.spines[:].set_visible(False)
+    return axes
+
+
+def _heading(case: CounterfactualCase) -> str:
+    shown = case.tiles
+    place = "" if shown.slice_index is None else f"(slice {shown.slice_index + 1} of {shown.num_slices})"
+    return "   ".join(filter(None, (case.name, place)))
+
+
+def _truth(case: CounterfactualCase) -> str:
+    return "" if case.label is None else f" (true: {case.label})"
 
 
 def counterfactual_strip(cases: Sequence[CounterfactualCase]) -> np.ndarray:
@@ -363,6 +464,7 @@ def _tiles(
     region: np.ndarray | None,
     mask: Any,
     limit: float | None,
+    slice_index: int | None,
 ) -> CounterfactualTiles:
     """The pictures of one case; all arrays (C, *spatial), the region (1, *spatial)."""
     spatial = image.shape[1:]
@@ -373,7 +475,7 @@ def _tiles(
     index, count = None, None
     if len(spatial) == 3:
         count = spatial[0]
-        index = _most_changed_slice(difference)
+        index = _most_changed_slice(difference) if slice_index is None else slice_index
         image, reconstruction, counterfactual, difference = (
             volume[:, index] for volume in (image, reconstruction, counterfactual, difference)
         )

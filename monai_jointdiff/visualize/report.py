@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 from monai.utils import optional_import
 
+from monai_jointdiff.metrics import CounterfactualFigures, Interval, Judgement
 from monai_jointdiff.visualize.counterfactual import BRIGHTER, DARKER, FINDING, REGION, CounterfactualCase, signed
 
 __all__ = ["counterfactual_report", "png_bytes"]
@@ -64,7 +65,7 @@ button { cursor: pointer; }
 .case { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 16px; }
 .head { display: flex; flex-wrap: wrap; gap: 4px 16px; justify-content: space-between; align-items: baseline; }
 .badge { font-size: .85rem; border: 1px solid currentColor; border-radius: 999px; padding: 1px 10px; }
-.reached { color: var(--good); } .missed { color: var(--warn); }
+.reached { color: var(--good); } .missed { color: var(--warn); } .already { color: var(--soft); }
 .verdict { margin: 2px 0 12px; }
 .pictures { display: grid; grid-template-columns: repeat(4, minmax(0, 1fr)); gap: 12px; align-items: start; }
 figure { margin: 0; }
@@ -87,6 +88,7 @@ dt { color: var(--soft); } dd { margin: 0; text-align: right; font-variant-numer
 .cautions { margin: 12px 0 0; padding: 8px 12px 8px 30px; border-radius: 6px; color: var(--warn);
   background: var(--warn-back); }
 footer { margin-top: 32px; font-size: .85rem; color: var(--soft); }
+.numbers.wide { grid-template-columns: minmax(0, 1fr); } .badges { display: flex; flex-wrap: wrap; gap: 4px 8px; }
 @media (max-width: 700px) { main { padding: 16px 12px 32px; } .case { padding: 12px; }
   .pictures { grid-template-columns: repeat(2, minmax(0, 1fr)); } .numbers { grid-template-columns: minmax(0, 1fr); }
   .tools > * { flex: 1 1 100%; } .tools label { display: flex; gap: 8px; align-items: center; } select { flex: 1; }
@@ -152,18 +154,21 @@ def png_bytes(picture: np.ndarray) -> bytes:
 
 
 def counterfactual_report(
-    cases: Sequence[CounterfactualCase],
+    cases: Sequence[CounterfactualCase | Sequence[CounterfactualCase]],
     title: str = "Counterfactual explanations",
     settings: str = "",
     channel_names: Sequence[str] | None = None,
+    figures: CounterfactualFigures | None = None,
 ) -> str:
     """One HTML page of all cases, with everything in it: it opens from a disk, a mail or a phone.
 
     Args:
-        cases: of :meth:`~monai_jointdiff.visualize.CounterfactualCase.of`.
+        cases: one entry for each image: of :meth:`~monai_jointdiff.visualize.CounterfactualCase.of`, or of
+            :meth:`~monai_jointdiff.visualize.CounterfactualCase.of_targets`, whose targets stand side by side.
         title: of the page.
         settings: how the counterfactuals were made, in words, for the end of the page.
         channel_names: of channels that stand one below the other in the pictures; None: they are not named.
+        figures: of the run, for the head of the page; None: they were not measured.
 
     Returns:
         the page.
@@ -172,10 +177,11 @@ def counterfactual_report(
         ValueError: for no case.
         OptionalImportError: without Pillow.
     """
-    if not cases:
+    groups = [(entry,) if isinstance(entry, CounterfactualCase) else tuple(entry) for entry in cases]
+    if not groups or not all(groups):
         raise ValueError("counterfactual_report: at least one case expected.")
-    count = f"{len(cases)} image{'s' * (len(cases) > 1)}"
-    body = "\n".join(_card(number, case) for number, case in enumerate(cases))
+    flat = [case for group in groups for case in group]
+    body = "\n".join(_card(number, group) for number, group in enumerate(groups))
     footer = f"{escape(settings)}<br>" if settings else ""
     channels = (
         f"<p>In each picture, from top to bottom: {escape(', '.join(channel_names))}.</p>" if channel_names else ""
@@ -192,13 +198,14 @@ def counterfactual_report(
 <body>
 <main>
 <h1>{escape(title)}</h1>
-<p class="soft">{count}, {sum(case.reached for case in cases)} with the requested probability reached</p>
+<p class="soft">{_count(groups)}</p>
 <h2>How to read this page</h2>
 <p>{_HOW_TO_READ}</p>
 <p><b>When not to trust it.</b> {_WHEN_NOT_TO_TRUST}</p>
 {channels}
 <h2>Summary</h2>
-{_summary(cases)}
+{_summary(flat)}
+{"" if figures is None else _measured(figures)}
 <h2 id="list">Cases</h2>
 <div class="tools" id="tools" hidden>
 <label>Sort by <select id="by"><option value="number">order of the run</option><option value="confidence">confidence \
@@ -219,22 +226,48 @@ per pixel of images in [&minus;1, 1]. Not for clinical use.</footer>
 """
 
 
+def _count(groups: Sequence[Sequence[CounterfactualCase]]) -> str:
+    """How many images and counterfactuals there are, and what became of those that something was asked of."""
+    cases = [case for group in groups for case in group]
+    asked = [case for case in cases if not case.already]
+    parts = [f"{len(groups)} image{'s' * (len(groups) > 1)}"]
+    if len(cases) > len(groups):
+        parts.append(f"{len(cases)} counterfactuals")
+    parts.append(f"{sum(case.reached for case in asked)} of {len(asked)} with the requested probability reached")
+    if len(asked) < len(cases):
+        parts.append(f"{len(cases) - len(asked)} with the wanted answer before any change, counted apart")
+    return ", ".join(parts)
+
+
 def _summary(cases: Sequence[CounterfactualCase]) -> str:
     """One row for each direction of change, medians over its cases."""
     directions = sorted({(case.prediction, case.wanted) for case in cases})
     rows = []
     for prediction, wanted in directions:
         found = [case for case in cases if (case.prediction, case.wanted) == (prediction, wanted)]
-        before, _, after = (statistics.median(stage) for stage in zip(*(case.answers for case in found), strict=True))
-        change = statistics.median(case.l1_reconstruction for case in found)
-        encoding = statistics.median(case.l1_encoding for case in found)
-        marked = sum(bool(case.cautions) for case in found)
+        asked = [case for case in found if not case.already]
+        medians = "<td>&ndash;</td>" * 3
+        if asked:
+            before, _, after = (
+                statistics.median(stage) for stage in zip(*(case.answers for case in asked), strict=True)
+            )
+            change = statistics.median(case.l1_reconstruction for case in asked)
+            encoding = statistics.median(case.l1_encoding for case in asked)
+            medians = f"<td>{before:.2f} &rarr; {after:.2f}</td><td>{change:.3f}</td><td>{encoding:.3f}</td>"
         rows.append(
-            f'<tr><th scope="row">{escape(prediction)} &rarr; {escape(wanted)}</th><td>{len(found)}</td>'
-            f"<td>{sum(case.reached for case in found)}</td><td>{marked}</td><td>{before:.2f} &rarr; {after:.2f}</td>"
-            f"<td>{change:.3f}</td><td>{encoding:.3f}</td></tr>"
+            f'<tr><th scope="row">{escape(prediction)} &rarr; {escape(wanted)}</th><td>{len(asked)}</td>'
+            f"<td>{len(found) - len(asked)}</td><td>{sum(case.reached for case in asked)}</td>"
+            f"<td>{sum(bool(case.cautions) for case in asked)}</td>{medians}</tr>"
         )
-    heads = ("cases", "reached", "marked", "probability of the target", "change", "change by encoding alone")
+    heads = (
+        "cases",
+        "answered so before",
+        "reached",
+        "marked",
+        "probability of the target",
+        "change",
+        "change by encoding alone",
+    )
     head = "".join(f'<th scope="col">{text}</th>' for text in heads)
     return (
         '<div class="scroll" tabindex="0" role="region" aria-label="summary table"><table>'
@@ -244,26 +277,116 @@ def _summary(cases: Sequence[CounterfactualCase]) -> str:
     )
 
 
-def _card(number: int, case: CounterfactualCase) -> str:
-    """One case."""
-    before, _, after = case.answers
-    name = escape(case.name or f"image {number}")
-    state, words = ("reached", "target reached") if case.reached else ("missed", "not reached")
-    truth = "" if case.label is None else f" <span class='soft'>(true: {escape(case.label)})</span>"
-    cautions = "".join(f"<li>{escape(text)}</li>" for text in case.cautions)
-    warning = f'<ul class="cautions">{cautions}</ul>' if cautions else ""
-    return f"""<li class="case" data-number="{number}" data-name="{name}" data-confidence="{case.confidence:.6f}" \
-data-change="{case.l1_reconstruction:.6f}">
-<div class="head"><h3>{name}{_slice_in_words(case)}</h3><span class="badge {state}">{words}</span></div>
-<p class="verdict">{escape(case.prediction)}{truth} &rarr; <b>{escape(case.wanted)}</b>: probability {before:.2f} \
-&rarr; {after:.2f}</p>
-{_pictures(case, name)}
-<div class="numbers">
-{_probabilities(case)}
-{_figures(case)}
+def _measured(figures: CounterfactualFigures) -> str:
+    """What a judge says, how much changed, and where."""
+    judge, oracle = "by the model itself", ""
+    if figures.oracle is None:
+        warning = "<p>No oracle was given. The model took part in the search, so its own verdict proves nothing.</p>"
+    else:
+        warning, oracle = "", _judgement("by the oracle", figures.oracle)
+    near = [
+        ("against the image", figures.to_input),
+        ("against the reconstruction", figures.to_reconstruction),
+    ]
+    distances = "".join(
+        f'<tr><th scope="row">{name}</th>'
+        + "".join(_cell(part) for part in (found.l1, found.l2, found.ssim, found.sparsity))
+        + "</tr>"
+        for name, found in near
+    )
+    distances += f'<tr><th scope="row">encoding alone</th>{_cell(figures.composition)}{"<td></td>" * 3}</tr>'
+    parts = [
+        _table(
+            "Judged, with 95 % intervals; cases that had the wanted answer before are left out",
+            ("who judges, and what was asked for", "cases", "flipped", "gain of probability", "COUT"),
+            oracle + _judgement(judge, figures.model),
+        ),
+        _table(
+            "Size of the change, means over all cases",
+            ("counterfactual", "L1", "L2", "SSIM", "share of pixels changed"),
+            distances,
+        ),
+    ]
+    found = figures.localization
+    if found is not None:
+        values = (found.auprc, found.iou, found.iou_best, found.dice, found.pointing, found.inside, found.outside)
+        parts.append(
+            _table(
+                f"Change against the masks of {found.count} findings; IoU and Dice of changes above "
+                f"{found.threshold:g}, IoU at best with the threshold that suits these very images",
+                ("", "AUPRC", "IoU", "IoU at best", "Dice", "pointing game", "change inside", "change outside"),
+                f'<tr><th scope="row">change</th>{"".join(_cell(value) for value in values)}</tr>',
+            )
+        )
+    return "\n".join(["<h2>Figures</h2>", warning, *parts])
+
+
+def _judgement(name: str, judgement: Judgement) -> str:
+    """A row for each direction, the score of all of them in the first."""
+    directions = judgement.flips.directions
+    return "".join(
+        f'<tr><th scope="row">{name}: {escape(direction)}</th><td>{found.count}</td>{_cell(found.rate)}'
+        f"{_cell(found.gain)}{_cell(judgement.cout) if number == 0 else '<td></td>'}</tr>"
+        for number, (direction, found) in enumerate(directions.items())
+    )
+
+
+def _cell(figure: Interval) -> str:
+    if figure.value is None:
+        return f'<td title="{escape(figure.reason)}">&ndash;</td>'
+    known = figure.low is not None and figure.high is not None and figure.low < figure.high  # one image has no spread
+    spread = "" if not known else f' <span class="soft">({figure.low:.3f} to {figure.high:.3f})</span>'
+    return f"<td>{figure.value:.3f}{spread}</td>"
+
+
+def _table(caption: str, heads: Sequence[str], rows: str) -> str:
+    head = "".join(f'<th scope="col">{text}</th>' for text in heads)
+    return (
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{caption}"><table><caption>{caption}</caption>'
+        f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
+    )
+
+
+_STATES = {"reached": "target reached", "missed": "not reached", "already": "answered so before"}
+
+
+def _card(number: int, cases: Sequence[CounterfactualCase]) -> str:
+    """One image."""
+    first = cases[0]
+    name = escape(first.name or f"image {number}")
+    badges = "".join(_badge(case, len(cases) > 1) for case in cases)
+    truth = "" if first.label is None else f" <span class='soft'>(true: {escape(first.label)})</span>"
+    if len(cases) == 1:
+        before, _, after = first.answers
+        verdict = (
+            f"{escape(first.prediction)}{truth} &rarr; <b>{escape(first.wanted)}</b>: probability {before:.2f} &rarr; "
+            f"{after:.2f}"
+        )
+        numbers = f"{_probabilities(cases)}\n{_figures(first)}"
+    else:
+        verdict = f"{escape(first.said_of_image)}{truth}"
+        numbers = f"{_probabilities(cases)}\n{_figures_of_targets(cases)}"
+    texts = [
+        f"{escape(case.wanted)}: {escape(text)}" if len(cases) > 1 else escape(text)
+        for case in cases
+        for text in case.cautions
+    ]
+    warning = f'<ul class="cautions">{"".join(f"<li>{text}</li>" for text in texts)}</ul>' if texts else ""
+    return f"""<li class="case" data-number="{number}" data-name="{name}" data-confidence="{first.confidence:.6f}" \
+data-change="{min(case.l1_reconstruction for case in cases):.6f}">
+<div class="head"><h3>{name}{_slice_in_words(first)}</h3><span class="badges">{badges}</span></div>
+<p class="verdict">{verdict}</p>
+{_pictures(cases, name)}
+<div class="numbers{" wide" if len(cases) > 1 else ""}">
+{numbers}
 </div>
 {warning}
 </li>"""
+
+
+def _badge(case: CounterfactualCase, named: bool) -> str:
+    target = f"{escape(case.wanted)}: " if named else ""
+    return f'<span class="badge {case.outcome}">{target}{_STATES[case.outcome]}</span>'
 
 
 def _slice_in_words(case: CounterfactualCase) -> str:
@@ -272,20 +395,28 @@ def _slice_in_words(case: CounterfactualCase) -> str:
     return f" <span class='soft'>slice {case.tiles.slice_index + 1} of {case.tiles.num_slices}</span>"
 
 
-def _pictures(case: CounterfactualCase, name: str) -> str:
-    tiles = case.tiles
-    wanted = escape(case.wanted)
-    parts = [
-        ("image", "image", tiles.image),
-        ("factual reconstruction", "factual reconstruction", tiles.reconstruction),
-        ("counterfactual", f"counterfactual toward {wanted}", tiles.counterfactual),
-    ]
+def _pictures(cases: Sequence[CounterfactualCase], name: str) -> str:
+    """The image and its reconstruction, then counterfactual and change of each target; the name is escaped already."""
+    first = cases[0].tiles
     shown = [
-        f"<figure>{_image(picture, f'{name}: {description}')}<figcaption>{title}</figcaption></figure>"
-        for title, description, picture in parts
+        f"<figure>{_image(picture, f'{name}: {title}')}<figcaption>{title}</figcaption></figure>"
+        for title, picture in (("image", first.image), ("factual reconstruction", first.reconstruction))
     ]
+    for case in cases:
+        wanted = escape(case.wanted)
+        toward = f" toward {wanted}" if len(cases) > 1 else ""
+        picture = _image(case.tiles.counterfactual, f"{name}: counterfactual toward {wanted}")
+        shown.append(f"<figure>{picture}<figcaption>counterfactual{toward}</figcaption></figure>")
+        shown.append(_change(case, name, toward))
+    return f'<div class="pictures">{"".join(shown)}</div>'
+
+
+def _change(case: CounterfactualCase, name: str, toward: str) -> str:
+    """The change in color, with its scale and the meaning of the outlines."""
+    tiles = case.tiles
     end = signed(tiles.limit)
-    overlay = _image(tiles.overlay, f"{name}: change toward {wanted}, in color on the gray image, up to {end}")
+    description = f"{name}: change toward {escape(case.wanted)}, in color on the gray image, up to {end}"
+    overlay = _image(tiles.overlay, description)
     keys = "".join(
         f'<br><span class="key" style="border-color:{_css(color)}"></span>{text}'
         for drawn, color, text in (
@@ -294,12 +425,11 @@ def _pictures(case: CounterfactualCase, name: str) -> str:
         )
         if drawn
     )
-    shown.append(
+    return (
         f'<figure>{overlay}<div class="scale" aria-hidden="true" style="background:linear-gradient(90deg,'
         f'{_css(DARKER)},#fff,{_css(BRIGHTER)})"></div><div class="ends"><span>{signed(-tiles.limit)}</span>'
-        f"<span>0</span><span>{end}</span></div><figcaption>change{keys}</figcaption></figure>"
+        f"<span>0</span><span>{end}</span></div><figcaption>change{toward}{keys}</figcaption></figure>"
     )
-    return f'<div class="pictures">{"".join(shown)}</div>'
 
 
 def _image(picture: np.ndarray, description: str) -> str:
@@ -313,29 +443,49 @@ def _css(color: Any) -> str:
     return "#{:02x}{:02x}{:02x}".format(*color)
 
 
-def _probabilities(case: CounterfactualCase) -> str:
+def _probabilities(cases: Sequence[CounterfactualCase]) -> str:
     """A row for each class, a column for each stage."""
-    stages = {
-        "before": case.probabilities,
-        "between": case.probabilities_reconstruction,
-        "after": case.probabilities_counterfactual,
-    }
+    first = cases[0]
+    named = len(cases) > 1
+    stages = [
+        ("image", "before", first.probabilities),
+        ("reconstruction", "between", first.probabilities_reconstruction),
+    ]
+    for case in cases:
+        title = f"to {escape(case.wanted)}" if named else "counterfactual"
+        stages.append((title, "after", case.probabilities_counterfactual))
+    shown = sorted({k for case in cases for k in case.shown_classes()})
+    targets = {case.target for case in cases}
     rows = []
-    for k in case.shown_classes():
+    for k in shown:
         cells = "".join(
             f'<td>{stage[k]:.3f}<span class="bar" aria-hidden="true"><i class="{name}" '
             f'style="width:{100 * stage[k]:.1f}%"></i></span></td>'
-            for name, stage in stages.items()
+            for _, name, stage in stages
         )
-        wanted = ' class="wanted"' if k == case.target else ""
-        rows.append(f'<tr{wanted}><th scope="row">{escape(case.class_names[k])}</th>{cells}</tr>')
-    left_out = len(case.class_names) - len(rows)
-    caption = f"<caption>The {len(rows)} most probable of {len(case.class_names)} classes</caption>" if left_out else ""
+        wanted = ' class="wanted"' if k in targets and not named else ""
+        rows.append(f'<tr{wanted}><th scope="row">{escape(first.class_names[k])}</th>{cells}</tr>')
+    left_out = len(first.class_names) - len(rows)
+    caption = (
+        f"<caption>The {len(rows)} most probable of {len(first.class_names)} classes</caption>" if left_out else ""
+    )
+    heads = "".join(f'<th scope="col">{title}</th>' for title, _, _ in stages)
     return (
         f'<div class="scroll"><table class="probabilities">{caption}<thead><tr><th scope="col">probability of</th>'
-        '<th scope="col">image</th><th scope="col">reconstruction</th><th scope="col">counterfactual</th></tr></thead>'
-        f"<tbody>{''.join(rows)}</tbody></table></div>"
+        f"{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
     )
+
+
+def _figures_of_targets(cases: Sequence[CounterfactualCase]) -> str:
+    """A row for each target."""
+    rows = "".join(
+        f'<tr><th scope="row">to {escape(case.wanted)}</th><td>{case.l1_reconstruction:.4f}</td>'
+        f"<td>{case.l1_input:.4f}</td><td>{case.scale:.4g}</td><td>{case.network_calls:.0f}</td>"
+        f"<td>{case.seconds:.2f}</td></tr>"
+        for case in cases
+    )
+    heads = ("", "change against the reconstruction", "against the image", "strength of the rule", "calls", "seconds")
+    return _table(f"Change by encoding alone: {cases[0].l1_encoding:.4f}", heads, rows)
 
 
 def _figures(case: CounterfactualCase) -> str:

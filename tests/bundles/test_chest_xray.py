@@ -35,7 +35,7 @@ from monai.utils import optional_import
 from parameterized import parameterized
 
 from monai_jointdiff.data import BalancedOrder, ImagePreprocessing, open_source, read_image
-from monai_jointdiff.engines import ModelDescription, load_weights
+from monai_jointdiff.engines import ModelDescription, load_trained, load_weights
 from monai_jointdiff.engines.serving import images_to_classify
 from monai_jointdiff.networks import JointDiffusionUNet
 from monai_jointdiff.visualize import save_png
@@ -48,18 +48,19 @@ PROGRAMS = ("evaluate", "inference", "generate")
 TEMPORARY = Path()
 TRAINED = Path()  # two epochs of three iterations on phantoms
 PRINTED = ""  # by that training
-BEFORE: set[Path] = set()  # files of the checkout's bundle
+PRECISE = Path()  # the same in fp32, one iteration
 
 
 def setUpModule() -> None:
-    global TEMPORARY, TRAINED, PRINTED, BEFORE
+    global TEMPORARY, TRAINED, PRINTED, PRECISE
     leave_no_trace()
-    BEFORE = set(BUNDLE.rglob("*"))
     folder = tempfile.TemporaryDirectory()
     unittest.addModuleCleanup(folder.cleanup)
     TEMPORARY = Path(folder.name).resolve()
     TRAINED = TEMPORARY / "trained"
     PRINTED = train(TRAINED, **PHANTOMS)
+    PRECISE = TEMPORARY / "precise"
+    train(PRECISE, **PHANTOMS, precision="fp32", num_samples=0, max_minutes=1e-9)
 
 
 def fresh(name: str) -> Path:
@@ -273,6 +274,30 @@ class TestResume(unittest.TestCase):
         self.assertIn("comes from a run with other options: ", message_of(caught.exception))
         self.assertIn("seed was 0, is 1", message_of(caught.exception))
 
+    @parameterized.expand(
+        [
+            ({"image_size": 24}, r"source.image_size was \[16, 16\], is \[24, 24\]\."),
+            ({"source#phantom_counts": [25, 12, 12]}, r"images was .*; source.opened_with.phantom_counts was \[24, 12"),
+            ({"source#phantom_counts": [24, 13, 12]}, r"images was .*; source.opened_with.phantom_counts was \[24, 12"),
+            ({"label_list": "@list"}, r"labels was 'sha256:\w+', is 'sha256:\w+'\."),
+            ({"split_column": "fold"}, "source.opened_with.split_column was 'split', is 'fold'"),
+            ({"network_def#head_dropout": 0.3}, r"network.head_dropout was None, is 0.3\."),
+            ({"max_norm": 2.0, "ema#decay": 0.9}, r"ema_decay was 0.999, is 0.9; max_norm was 1.0, is 2.0\."),
+            ({"optimizer#weight_decay": 0.1}, r"weight_decay was 0.01, is 0.1\."),
+            ({"precision": "bf16"}, r"precision was 'torch.float32', is 'torch.bfloat16'\."),
+        ]
+    )
+    def test_with_other_data_or_another_network_is_refused(self, options: dict[str, Any], message: str) -> None:
+        folder = fresh("other")
+        if options.get("label_list") == "@list":
+            (folder / "list.txt").write_text("phantom/000000\nphantom/000003\n", encoding="utf-8")
+            options = {"label_list": str(folder / "list.txt")}
+        file = PRECISE / "models" / "checkpoint_00000001.pt"
+        with self.assertRaises((ValueError, RuntimeError)) as caught:
+            train(folder, **{**PHANTOMS, "precision": "fp32", **options}, resume=str(file))
+        self.assertRegex(message_of(caught.exception), f"(?s)a run with other options: {message}")
+        self.assertFalse((folder / "models" / "model.json").exists())
+
 
 class TestEvaluate(unittest.TestCase):
     def test_gives_the_figures_of_the_training(self) -> None:
@@ -298,6 +323,26 @@ class TestEvaluate(unittest.TestCase):
         self.assertIn("Train first (train.json of this bundle)", message_of(caught.exception))
         printed = use(program, fresh("none"), fresh(program), allow_untrained="true", **options)
         self.assertIn("UNTRAINED", printed)
+
+    def test_of_data_without_parts_says_how_many_and_takes_all_if_told(self) -> None:
+        folder = fresh("other")
+        labels = np.arange(30) % 3
+        patients = np.array([f"p{n // 2}" for n in range(30)])
+        pixels = np.random.default_rng(0).integers(0, 256, (30, 16, 16)).astype(np.uint8)
+        np.savez(folder / "data.npz", images=pixels, labels=labels, patients=patients)
+        counts = []
+        for options, words in (({}, "the test part, drawn by the seed"), ({"part": "all"}, "evaluated: all 30 images")):
+            output = fresh("evaluate")
+            printed = use("evaluate", TRAINED, output, dataset_dir=str(folder / "data.npz"), **options)
+            self.assertIn(words, printed)
+            counts.append(content(output / "metrics.json")["metrics"]["count"])
+        self.assertLess(counts[0], 15)
+        self.assertEqual(counts[1], 30)
+        self.assertEqual(content(output / "metrics.json")["metrics"]["bootstrap"]["drawn"], "groups")
+        self.assertIn("15 resampled patients", printed)
+        use("inference", TRAINED, output, dataset_dir=str(folder / "data.npz"))
+        names = [row["image"] for row in rows(output / "predictions.csv")]
+        self.assertEqual(names, [f"images/{n:06d}" for n in range(30)])
 
     def test_data_that_do_not_fit_the_model_are_refused(self) -> None:
         file = labelled_npz(fresh("other") / "data.npz", train_labels=np.arange(18)[:, None] % 5)
@@ -395,6 +440,20 @@ class TestGenerate(unittest.TestCase):
         with self.assertRaises((ValueError, RuntimeError)) as caught:
             use("generate", TRAINED, fresh("generate"), num_samples=1, num_inference_steps=2, class_label=1)
         self.assertIn("is not class-conditional", message_of(caught.exception))
+        self.assertIn("--rule classifier", message_of(caught.exception))
+
+    def test_head_leads_to_a_class(self) -> None:
+        prepare, network, images = ImagePreprocessing.from_description(description().data), trained_network(), []
+        for options in ({}, {"rule": "classifier", "class_label": "effusion", "scale": 10}):
+            folder = fresh("led")
+            use("generate", TRAINED, folder, num_samples=4, num_inference_steps=3, precision="fp32", **options)
+            images.append(torch.stack([prepare(folder / f"sample_{n:05d}.png") for n in range(4)]))
+        with torch.no_grad():
+            free, led = (network(each).softmax(1)[:, 2].mean() for each in images)
+        self.assertGreater(float(led), float(free))
+        with self.assertRaises((ValueError, RuntimeError)) as caught:
+            use("generate", TRAINED, fresh("led"), num_samples=1, rule="representation", class_label=2)
+        self.assertIn("the network's head is 'standardized'", message_of(caught.exception))
 
     def test_class_of_a_conditional_network(self) -> None:
         folder = fresh("conditional")
@@ -406,7 +465,78 @@ class TestGenerate(unittest.TestCase):
         self.assertTrue((images[0] != images[1]).any())
 
 
+class TestFailure(unittest.TestCase):
+    """A run that fails leaves the model of an earlier one as it was."""
+
+    @parameterized.expand(
+        [
+            ("on_the_way", {"learning_rate": 1e30}, "NonFiniteGuard"),
+            ("workers", {"num_workers": -1}, "--num_workers must be at least 0, got -1"),
+            ("size", {"image_size": 30}, "--image_size must be a multiple of 4, got 30 x 30"),
+        ]
+    )
+    def test_keeps_the_earlier_model(self, name: str, options: dict[str, Any], message: str) -> None:
+        folder = fresh(name)
+        shutil.copytree(TRAINED / "models", folder / "models")
+        start = folder / "models" / "model.pt"
+        with self.assertRaises((ValueError, RuntimeError)) as caught:
+            train(folder, **{**PHANTOMS, "pretrained": str(start), **options})
+        self.assertIn(message, message_of(caught.exception))
+        for file in ("model.pt", "model.json"):
+            self.assertEqual((folder / "models" / file).read_bytes(), (TRAINED / "models" / file).read_bytes())
+        network = description().build_network()
+        self.assertTrue(load_trained(network, folder / "models"))
+
+    def test_in_one_that_does_not_fail_it_is_replaced_with_its_description(self) -> None:
+        folder = fresh("replaced")
+        shutil.copytree(TRAINED / "models", folder / "models")
+        start = folder / "models" / "model.pt"
+        train(folder, **PHANTOMS, pretrained=str(start), epochs=1, num_samples=0, image_size=8)
+        self.assertEqual(ModelDescription.load(folder / "models" / "model.json").image_size, (8, 8))
+        self.assertNotEqual(start.read_bytes(), (TRAINED / "models" / "model.pt").read_bytes())
+        self.assertTrue(load_trained(description().build_network(), folder / "models"))
+
+
+class TestUnlabelled(unittest.TestCase):
+    def folder(self) -> Path:
+        folder = fresh("unlabelled")
+        for n in range(20):
+            picture(folder / "data" / f"{n:02d}.png", n)
+        return folder
+
+    @parameterized.expand([("none", False), ("weights", True)])
+    def test_images_without_labels_train_a_denoiser(self, balance: str, class_conditional: bool) -> None:
+        folder = self.folder()
+        options = {"dataset_dir": str(folder / "data"), "task": "denoise", "balance": balance, "epochs": 1}
+        printed = train(folder, **options, class_conditional=class_conditional)
+        self.assertRegex(printed, r"train: 1\d images \(unlabelled 1\d\)")
+        described = ModelDescription.load(folder / "models" / "model.json")
+        self.assertEqual((described.network["num_classes"], described.class_names), (2, ["unlabelled"]))
+        self.assertTrue((folder / "output" / "generation.json").is_file())
+        use("generate", folder, folder / "generated", num_samples=1, num_inference_steps=2)
+        self.assertTrue((folder / "generated" / "sample_00000.png").is_file())
+
+    def test_but_no_classifier(self) -> None:
+        folder = self.folder()
+        with self.assertRaises((ValueError, RuntimeError)) as caught:
+            train(folder, dataset_dir=str(folder / "data"))
+        self.assertIn("no image has a label. Give the classes (--class_names a,b)", message_of(caught.exception))
+
+
 class TestOptions(unittest.TestCase):
+    def test_null_on_the_command_line_is_the_default(self) -> None:
+        folder = fresh("null")
+        train_options = content(BUNDLE / "configs" / "train.json")
+        nulls = {name: "null" for name, value in train_options.items() if value is None}
+        self.assertLessEqual({"dataset_dir", "resume", "pretrained", "image_size", "class_names"}, set(nulls))
+        del nulls["image_size"]  # which a small run sets; below
+        train(folder, **PHANTOMS, **nulls)
+        for file in ("models/model.json", "output/summary.json", "output/predictions.csv"):
+            self.assertEqual((folder / file).read_text(), (TRAINED / file).read_text())
+        with working_directory(ROOT):
+            parser = monai.bundle.ConfigParser({**train_options, "image_size": "null"})
+            self.assertEqual(parser.get_parsed_content("source").image_size, (32, 32))
+
     @parameterized.expand(
         [
             ("amp", {"amp": True}, "--amp is not supported"),
@@ -664,12 +794,6 @@ class TestBundleFormat(unittest.TestCase):
         with torch.no_grad():
             exported = torch.jit.load(folder / "model.ts")(images)
             torch.testing.assert_close(exported, trained_network()(images))
-
-
-class TestLastOfAll(unittest.TestCase):
-    def test_nothing_was_written_into_the_checkout(self) -> None:
-        self.assertEqual(set(BUNDLE.rglob("*")), BEFORE)
-        self.assertFalse((ROOT / "models").exists() or (ROOT / "output").exists())
 
 
 if __name__ == "__main__":

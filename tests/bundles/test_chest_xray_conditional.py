@@ -35,7 +35,7 @@ from parameterized import parameterized
 
 from monai_jointdiff.data import draw_seed, read_image
 from monai_jointdiff.engines import ModelDescription, load_weights, preprocessing_of_model, source_of_model
-from monai_jointdiff.inferers import DiffusionClassifierInferer
+from monai_jointdiff.inferers import DenoisingProfile, DiffusionClassifierInferer, Typicality
 from monai_jointdiff.losses import favero_weight
 from monai_jointdiff.visualize import save_png
 from tests.bundles.default_model import BUNDLE
@@ -163,7 +163,11 @@ class TestDiffusionClassify(unittest.TestCase):
         prepared = [preprocessing_of_model(description)(item) for item in items]
         seeds = [draw_seed(0, 0, f"diffusion/{item['name']}") for item in items]
         inferer = DiffusionClassifierInferer(
-            description.build_scheduler("ddim"), num_draws=7, head="nominate", trust=0.7
+            description.build_scheduler("ddim"),
+            num_draws=7,
+            head="nominate",
+            trust=0.7,
+            head_temperature=description.decision.temperature,
         )
         result = inferer(torch.stack([item["image"] for item in prepared]), network, seed=seeds)
         found = rows(output)
@@ -178,8 +182,11 @@ class TestDiffusionClassify(unittest.TestCase):
         assert result.head_probabilities is not None
         np.testing.assert_allclose(head, result.head_probabilities, atol=1e-5)
         for column in ("vote_share", "uncertainty", "entropy", "network_calls"):
-            table = [float(row[column]) for row in found]
+            table = [float(row[column] or "nan") for row in found]  # empty where the head answered alone
             np.testing.assert_allclose(table, getattr(result, column), atol=1e-5, err_msg=column)
+        said = description.decision.classes(np.asarray(result.head_probabilities))
+        self.assertEqual([row["head_prediction"] for row in found], [names[k] for k in said])
+        self.assertFalse([key for key in found[0] if key.startswith(("calibrated", "unusual"))])  # 12 images are few
         self.assertEqual([int(row["draws"]) for row in found], result.num_draws.tolist())
         summary = content(output / "summary.json")
         right = [row["prediction"] == row["label"] for row in found]
@@ -192,6 +199,42 @@ class TestDiffusionClassify(unittest.TestCase):
         for path in (output / "summary.json", output / "diffusion_predictions.csv"):
             self.assertNotIn(str(TEMPORARY), path.read_text(encoding="utf-8"))
 
+    def test_calibrated_unusual_and_stages(self) -> None:
+        folder, output = fresh("many"), fresh("output")
+        counts = {"source#phantom_counts": [8, 24, 6]}
+        train(folder, config_file=OVERLAY, **{**PHANTOMS, **counts}, batch_size=4, epochs=1, num_samples=0)
+        staged = {"rule": "mean", "stages": [[3, 2]], "error_rate": "null"}
+        printed = decide(output, folder, **staged)
+        description = model_of(folder)
+        network = description.build_network()
+        network.load_state_dict(load_weights(folder / "models" / "model.pt"))
+        source, prepare = source_of_model(description, None), preprocessing_of_model(description)
+        val, test = (torch.stack([prepare(item)["image"] for item in source.part(part)]) for part in ("val", "test"))
+        profile = DenoisingProfile(description.build_scheduler("ddim"), 5)
+        known, new = profile(val, network), profile(test, network)
+        scores, limit = Typicality.fit(known).score(new), Typicality.held_out_threshold(known, 0.95)
+        found, summary = rows(output), content(output / "summary.json")
+        np.testing.assert_allclose([float(row["unusual_score"]) for row in found], scores, rtol=1e-3)
+        self.assertEqual([row["unusual"] for row in found], [str(bool(score > limit)) for score in scores])
+        self.assertEqual(summary["unusual"]["draws"], 5)
+        self.assertAlmostEqual(summary["unusual"]["threshold"], limit, places=3)
+        names = description.class_names
+        calibrated = np.array([[float(row[f"calibrated_{name}"]) for name in names] for row in found])
+        np.testing.assert_allclose(calibrated.sum(axis=1), 1, atol=1e-5)
+        answers = [names.index(row["prediction"]) for row in found]
+        self.assertEqual(calibrated.argmax(axis=1).tolist(), answers)
+        self.assertLess(float(calibrated.max(axis=1).mean()), 1.0)
+        self.assertGreater(summary["calibrated"]["temperature"], 0)
+        for figures in (summary, summary["calibrated"]):
+            self.assertEqual([name for name in ("ece", "brier") if figures[name]["value"] is None], [])
+        self.assertEqual(summary["settings"]["stages"], [[3, 2]])
+        self.assertEqual({row["network_calls"] for row in found}, {str(3 * 3 + 4 * 2)})
+        for words in ("calibrated with temperature", "unusual above a score", "brier, calibrated"):
+            self.assertIn(words, printed)
+        decide(output, folder, typicality_draws=0, limit=2)
+        self.assertNotIn("unusual", rows(output)[0])
+        self.assertNotIn("unusual", content(output / "summary.json"))
+
     def test_folder_with_a_reference_and_maps(self) -> None:
         folder, output = fresh("folder"), fresh("output")
         for number in range(4):
@@ -200,7 +243,7 @@ class TestDiffusionClassify(unittest.TestCase):
         options = {"dataset_dir": str(folder / "new"), "rule": "mean", "min_draws": 2, "batch_size": 3}
         printed = decide(output, **options, reference_dir=str(folder / "reference"), maps="true", map_limit=3)
         self.assertIn("abstention is chosen on reference (4 images)", printed)
-        self.assertIn("more than the entropy is", printed)
+        self.assertIn("abstains where the entropy is above", printed)
         found = rows(output)
         self.assertEqual([row["image"] for row in found], [f"ward/{number}.png" for number in range(4)])
         self.assertNotIn("label", found[0])
@@ -268,6 +311,8 @@ class TestDiffusionClassify(unittest.TestCase):
             ({"head": "magic"}, "head must be one of"),
             ({"draws": "magic"}, "draws must be one of"),
             ({"error_rate": 2}, "error_rate must lie in (0, 1)"),
+            ({"stages": [[9, 2]]}, "stages must be pairs (draws, classes to keep)"),
+            ({"typicality_draws": -1}, "needs num_draws and max_batch of at least 1"),
             ({"coverage": 0}, "coverage must lie in (0, 1]"),
             ({"limit": 0}, "--limit must be a whole number"),
             ({"reference_limit": 0}, "--reference_limit must be a whole number"),

@@ -15,6 +15,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import shutil
 import tempfile
@@ -30,7 +31,13 @@ from monai.utils import optional_import
 from parameterized import parameterized
 
 from monai_jointdiff.data import ImagePreprocessing, read_image
-from monai_jointdiff.engines import ModelDescription, images_to_classify, load_weights, preprocessing_of_model
+from monai_jointdiff.engines import (
+    ModelDescription,
+    fingerprint_of_model,
+    images_to_classify,
+    load_weights,
+    preprocessing_of_model,
+)
 from monai_jointdiff.handlers import read_counterfactual_records
 from monai_jointdiff.inferers import CounterfactualInferer
 from monai_jointdiff.visualize import save_png
@@ -93,6 +100,10 @@ def inferer_of(description: ModelDescription, **options: Any) -> CounterfactualI
     return CounterfactualInferer(description.build_scheduler("ddim"), **arguments)
 
 
+def content(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 def picture(path: Path, seed: int, shape: tuple[int, ...] = (20, 12)) -> None:
     save_png(np.random.default_rng(seed).integers(0, 256, shape).astype(np.uint8), path)
 
@@ -107,7 +118,8 @@ class TestProgram(unittest.TestCase):
         items = images_to_classify(None, description)
         chosen = [items[index] for index in (0, 6, 11)]  # of 12, spread
         images = torch.stack([preprocessing_of_model(description)(item)["image"] for item in chosen])
-        expected = inferer_of(description)(images, network)
+        inferer = inferer_of(description, model_id=fingerprint_of_model(TRAINED / "models"))
+        expected = inferer(images, network)
         found = rows(output)
         self.assertEqual([row["image"] for row in found], [item["name"] for item in chosen])
         names = description.class_names
@@ -128,8 +140,75 @@ class TestProgram(unittest.TestCase):
         case = output / "cases" / number
         shown = read_image(case / "difference.png")[0].astype(float) / 127.5 - 1
         np.testing.assert_allclose(shown, expected.difference[0, 0].clamp(-2, 2) / 2, atol=0.01)
-        again = inferer_of(description).replay(images[:1], network, read_counterfactual_records([case / "record.json"]))
-        torch.testing.assert_close(again.counterfactual, expected.counterfactual[:1], rtol=0, atol=1e-4)
+        records = [output / "cases" / item["name"].replace("/", "__") / "record.json" for item in chosen]
+        again = inferer.replay(images, network, read_counterfactual_records(records))
+        torch.testing.assert_close(again.counterfactual, expected.counterfactual, rtol=0, atol=0)
+        self.assertEqual(content(records[0])["batch"], [item["name"] for item in chosen])
+        with self.assertRaisesRegex(ValueError, "model"):  # of other weights
+            inferer_of(description).replay(images, network, read_counterfactual_records(records))
+
+        metrics = content(output / "metrics.json")
+        self.assertEqual((metrics["count"], metrics["oracle"], metrics["oracle_id"]), (3, None, None))
+        distance = np.mean(np.abs((expected.counterfactual - images).numpy()))
+        self.assertAlmostEqual(metrics["to_input"]["l1"]["value"], distance, places=5)
+        self.assertGreaterEqual(metrics["localization"]["count"], 1)  # phantoms have masks
+        self.assertIn("its own verdict proves nothing", page.text)
+
+    def test_every_other_class_with_an_oracle(self) -> None:
+        output, oracle = fresh("all"), fresh("oracle")
+        train(oracle, **PHANTOMS, epochs=1, num_samples=0, seed=1)
+        printed = explain(output, limit=2, target="all", oracle=str(oracle / "models"))
+        self.assertIn("For each other class in turn: what would have to change for it?", printed)
+        found = rows(output)
+        self.assertEqual(len(found), 4)
+        for image in (found[:2], found[2:]):
+            asked = [row["target"] for row in image]
+            self.assertEqual({*asked, image[0]["prediction"]}, {"normal", "opacity", "effusion"})
+            folder = output / "cases" / image[0]["image"].replace("/", "__")
+            folders = {path.name for path in folder.iterdir() if path.is_dir()}
+            self.assertEqual(folders, {f"to_{name}" for name in asked})
+            self.assertEqual(len({row["l1_encoding"] for row in image}), 1)  # one encoding, one reconstruction
+            probabilities = [float(row[f"probability_{row['target']}_image"]) for row in image]
+            self.assertGreaterEqual(probabilities[0], probabilities[1])
+        metrics = content(output / "metrics.json")
+        self.assertEqual((metrics["count"], metrics["settings"]["drawn"]), (4, "groups"))
+        self.assertEqual(metrics["oracle_id"], fingerprint_of_model(oracle / "models"))
+        page = page_of(self, output)
+        self.assertEqual(len(page.all("img")), 2 * (2 + 2 * 2))
+        self.assertIn("by the oracle: ", page.text)
+
+    def test_oracle_must_be_another_model(self) -> None:
+        with self.assertRaises((ValueError, RuntimeError)) as caught:
+            explain(fresh("refused"), limit=1, oracle=str(TRAINED / "models"))
+        self.assertIn("--oracle has the weights of the model that is explained", message_of(caught.exception))
+
+    def test_rule_of_the_representation_needs_its_head(self) -> None:
+        with self.assertRaises((ValueError, RuntimeError)) as caught:
+            explain(fresh("refused"), limit=1, rule="representation")
+        self.assertIn("--head mediffusion", message_of(caught.exception))
+        model, output = fresh("model"), fresh("output")
+        train(model, **PHANTOMS, epochs=1, num_samples=0, head="mediffusion")
+        self.assertEqual(model_of(model)[0].network["head"], "mediffusion")
+        explain(output, model, limit=1, rule="representation")
+        self.assertEqual(len(rows(output)), 1)
+
+    def test_masks_of_a_folder(self) -> None:
+        folder, output = fresh("masks"), fresh("output")
+        with open(folder / "labels.csv", "w", encoding="utf-8") as stream:
+            stream.write("file,mask\n")
+            for n in range(2):
+                picture(folder / f"{n}.png", n)
+                pixels = np.zeros((20, 12), np.uint8)
+                pixels[5:9, 2:6] = 255
+                save_png(pixels, folder / "masks" / f"{n}.png")
+                stream.write(f"{n}.png,masks/{n}.png\n")
+        explain(output, dataset_dir=str(folder), mask_column="mask", target=0)
+        self.assertEqual([row["image"] for row in rows(output)], ["0.png", "1.png"])
+        metrics = content(output / "metrics.json")
+        asked = metrics["count"] - metrics["already"]
+        if asked:
+            self.assertEqual(metrics["localization"]["count"], asked)
+        self.assertIn("true finding", page_of(self, output).text)
 
     def test_folder_with_sub_folders_and_a_named_target(self) -> None:
         folder, output = fresh("folder"), fresh("output")
@@ -316,6 +395,7 @@ class TestFormat(unittest.TestCase):
             "description",
             "network_def",
             "network",
+            "oracle_model",
             "preprocessing",
             "scheduler",
             "space",

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import ast
 import json
+import math
 import subprocess
 import tempfile
 import unittest
@@ -27,12 +28,21 @@ import torch
 from ignite.engine import Engine, Events
 from parameterized import parameterized
 
-from monai_jointdiff.data import choose_labelled, labelled_names, open_source
+from monai_jointdiff.data import choose_labelled, labelled_names, open_source, write_label_list
 from monai_jointdiff.engines import ModelDescription, SemiSupervisedPrepareBatch, load_weights, parameter_groups
-from monai_jointdiff.handlers import GroupLearningRateSchedule, WeightSchedule
+from monai_jointdiff.handlers import GroupLearningRateSchedule, UnlabelledWeightSchedule, WeightSchedule
 from monai_jointdiff.losses import FixMatchLoss
 from tests.bundles import runs
-from tests.bundles.runs import PHANTOMS, ROOT, SMALL_NETWORK, TINY, leave_no_trace, message_of, working_directory
+from tests.bundles.runs import (
+    PHANTOMS,
+    ROOT,
+    SMALL_NETWORK,
+    TINY,
+    leave_no_trace,
+    message_of,
+    temporary_folder,
+    working_directory,
+)
 
 TRAIN, SEMI = "bundles/chest_xray/train.json", "bundles/chest_xray/train_semi.json"
 STUDY = "bundles/chest_xray/label_efficiency.json"
@@ -95,6 +105,19 @@ class TestTraining(unittest.TestCase):
         again = open_source(**options, label_list=file).part("train")
         self.assertEqual(labelled_names(again), file.read_text().splitlines())
 
+    def test_a_list_of_labels_is_taken_as_a_whole(self) -> None:
+        listed = [item["name"] for item in open_source(image_size=16, phantom_counts=[90, 6, 6]).part("train")][:70]
+        file = write_label_list(TEMPORARY / "listed.txt", listed)
+        given = {"source#phantom_counts": [90, 6, 6], "label_list": str(file)}
+        for options, number in (({}, 70), ({"num_labels": 20}, 20)):
+            parser = monai.bundle.ConfigParser()
+            with working_directory(ROOT):
+                parser.read_config([TRAIN, SEMI])
+                parser.update({**SMALL_NETWORK, "image_size": 16, **given, **options})
+                kept = labelled_names(parser.get_parsed_content("source").part("train"))
+            self.assertEqual(len(kept), number)
+            self.assertLessEqual(set(kept), set(listed))
+
     def test_leaves_a_model_and_its_settings(self) -> None:
         state = checkpoint(TRAINED)
         network = ModelDescription.load(TRAINED / "models" / "model.json").build_network()
@@ -153,10 +176,33 @@ class TestTraining(unittest.TestCase):
         self.assertFalse(bool(given[list(labelled)].any()))  # what has a label needs none
         self.assertTrue((folder / "output" / "metrics.json").is_file())
 
-    def test_other_labels_are_another_run(self) -> None:
+    @parameterized.expand(
+        [
+            ({"num_labels": 7}, r"labels was 'sha256:\w+', is 'sha256:\w+'; num_labels was 6, is 7\."),
+            ({"num_labels": "null", "label_list": "@list"}, r"labels was 'sha256.*; num_labels was 6, is None\."),
+            ({"threshold": 0.5, "num_operations": 3}, r"num_operations was 2, is 3; threshold was 0.4, is 0.5\."),
+            ({"magnitude": 5.0, "unlabelled_ramp": 2}, r"magnitude was 10.0, is 5.0; unlabelled_ramp was 0, is 2\."),
+            ({"head_learning_rate": 3e-4}, r"head_learning_rate was 0.0002, is 0.0003\."),
+            (
+                {"classification_every": 1, "classification_start": 2, "classification_ramp": 3},
+                "classification_every was 2, is 1; classification_ramp was 0, is 3; classification_start was 0, is 2",
+            ),
+        ]
+    )
+    def test_other_settings_are_another_run(self, options: dict[str, Any], message: str) -> None:
+        if "label_list" in options:
+            names = [item["name"] for item in open_source(phantom_counts=[24, 12, 12]).part("train")][::3]
+            options = {**options, "label_list": str(write_label_list(TEMPORARY / "list.txt", names))}
         with self.assertRaises((ValueError, RuntimeError)) as caught:
-            train(TEMPORARY / "other", num_labels=7, resume=str(TRAINED / "models" / "checkpoint_00000003.pt"))
-        self.assertIn("num_labels was 6, is 7", message_of(caught.exception))
+            train(TEMPORARY / "other", resume=str(TRAINED / "models" / "checkpoint_00000003.pt"), **options)
+        self.assertRegex(message_of(caught.exception), f"from a run with other options: {message}")
+
+    def test_a_classifier_that_would_never_learn_is_refused(self) -> None:
+        """As with the settings of a long run, which a short one takes over."""
+        with self.assertRaises((ValueError, RuntimeError)) as caught:
+            train(TEMPORARY / "never", classification_start=6)
+        message = "WeightSchedule: start is 6, and the training ends after iteration 6"
+        self.assertIn(message, message_of(caught.exception))
 
 
 class TestConfiguration(unittest.TestCase):
@@ -164,7 +210,9 @@ class TestConfiguration(unittest.TestCase):
         parser = monai.bundle.ConfigParser()
         with working_directory(ROOT):
             parser.read_config([TRAIN, SEMI, *files])
-            parser.update({**SMALL_NETWORK, **PHANTOMS, "image_size": 16, "num_labels": 6, **options})
+            folder = temporary_folder(self)
+            folders = {"ckpt_dir": str(folder / "models"), "output_dir": str(folder / "output")}
+            parser.update({**SMALL_NETWORK, **PHANTOMS, **folders, "image_size": 16, "num_labels": 6, **options})
         return parser
 
     def test_parts_of_the_default(self) -> None:
@@ -181,8 +229,27 @@ class TestConfiguration(unittest.TestCase):
             loss.classification_weight = 0.0  # as in iterations without the term
             self.assertEqual(validation.classification_weight, 0.005)
             schedules = [parser.get_parsed_content(key) for key in ("train#handlers#1", last_handler(parser))]
+            unlabelled = parser.get_parsed_content(f"train#handlers#{len(parser['train#handlers']) - 3}")
         self.assertIsInstance(schedules[0], GroupLearningRateSchedule)
         self.assertIsInstance(schedules[1], WeightSchedule)
+        self.assertIsInstance(unlabelled, UnlabelledWeightSchedule)
+        self.assertIs(unlabelled.loss, loss)
+        self.assertEqual([unlabelled.weight_at(n) for n in (1, 100)], [1.0, 1.0])  # FixMatch needs no ramp
+
+    def test_the_pi_model_begins_softly(self) -> None:
+        """Over 80 of 300 epochs, as published: 4 of 15."""
+        parser = self.parser(algorithm="pi_model", batch_size=8, epochs=30, unlabelled_weight=2.0)
+        with working_directory(ROOT):
+            ramp = parser.get_parsed_content(f"train#handlers#{len(parser['train#handlers']) - 3}")
+        self.assertEqual((ramp.ramp, ramp.weight), (8 * 3, 2.0))
+        self.assertAlmostEqual(ramp.weight_at(1), 2 * math.exp(-5))
+        self.assertEqual(ramp.weight_at(25), 2.0)
+
+    def test_head_that_is_asked_for(self) -> None:
+        for options, expected in (({}, "standardized"), ({"head": "linear"}, "linear")):
+            parser = self.parser(**options)
+            with working_directory(ROOT):
+                self.assertEqual(parser.get_parsed_content("network_def").config["head"], expected)
 
     @parameterized.expand([("mediffusion_nih", 24, 2), ("mediffusion_isic", 32, 7)])
     def test_presets(self, preset: str, batch_size: int, ratio: int) -> None:

@@ -33,6 +33,7 @@ BUNDLES = sorted(path.parent.parent for path in ROOT.glob("bundles/*/configs/tra
 NAMES = [(bundle.name, bundle) for bundle in BUNDLES]
 OTHERS = {"metadata", "logging", "default_model", "label_efficiency"}  # the last runs trainings, and has no network
 CONFIGS = sorted(ROOT.glob("bundles/*/configs/*.json"))
+RUN = [path for path in CONFIGS if path.stem not in ("metadata", "default_model")]
 SWITCHES = ("progress", "preflight", "tf32", "amp", "compile", "freeze_encoder")
 PROGRAMS = [
     (f"{bundle.name}_{path.stem}", bundle, path.stem)
@@ -71,6 +72,15 @@ class TestPrograms(unittest.TestCase):
     def test_false_on_the_command_line_is_false(self, _: str, path: Path) -> None:
         """`monai.bundle run` hands on `--progress false` as a text, which an expression by itself finds true."""
         raw = rf"(?<!json_word\()@({'|'.join(SWITCHES)})\b"
+        self.assertEqual(re.findall(raw, path.read_text(encoding="utf-8")), [])
+
+    @parameterized.expand([(f"{path.parent.parent.name}_{path.stem}", path) for path in RUN])
+    def test_null_on_the_command_line_is_null(self, _: str, path: Path) -> None:
+        """As a text it would be the name of a file, or a number that cannot be compared."""
+        overlaid = content(path.with_name("train.json")) if "train" in path.stem.split("_") else {}
+        names = {name for name, value in {**overlaid, **content(path)}.items() if value is None}
+        self.assertTrue(names)
+        raw = rf"(?<!json_word\()@({'|'.join(names)})\b"
         self.assertEqual(re.findall(raw, path.read_text(encoding="utf-8")), [])
 
     def test_a_switch_that_is_off(self) -> None:

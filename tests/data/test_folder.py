@@ -301,6 +301,33 @@ class TestSlices(unittest.TestCase):
         self.assertEqual(len(whole), 6)
         self.assertEqual(whole[0].image, self.folder / "p0" / "flair.nii.gz")
 
+    def test_list_with_masks(self) -> None:
+        """By words of the names, or by a table, also of one channel; each slice has that of its volume."""
+        rule = SliceRule(0, every=3)
+        expected = [(f"p{p}/flair.nii.gz#slice_{n:03d}", p, n) for p in (0, 1) for n in (3, 6)]
+        for columns in ("flair,t1c", "flair"):
+            for table in (False, True):
+                if table:
+                    self.table("flair,t1c,seg", ",p0/seg.nii.gz", ",p1/seg.nii.gz")
+                found = list_images(self.folder, columns, rule, "seg")
+                self.assertEqual([record.name for record in found], [name for name, _, _ in expected])
+                for record, (_, p, n) in zip(found, expected, strict=True):
+                    self.assertEqual(record.mask, ImageFiles((self.folder / f"p{p}" / "seg.nii.gz",), 0, n))
+            (self.folder / "labels.csv").unlink()
+
+    def test_masks_that_are_missing_are_named(self) -> None:
+        (self.folder / "p1" / "seg.nii.gz").unlink()
+        with self.assertRaisesRegex(
+            ValueError, r"--mask_column seg finds no mask for 1 of 2 images \(p1/flair.nii.gz\)"
+        ):
+            list_images(self.folder, "flair,t1c", None, "seg")
+        with self.assertRaisesRegex(ValueError, "the words file and seg are looked for"):
+            list_images(self.folder, mask_column="seg")
+
+    def test_names_of_the_channels(self) -> None:
+        self.assertEqual(read_folder(self.folder, 3, "flair,t1c").channel_names, ["flair", "t1c"])
+        self.assertIsNone(read_folder(self.folder, 3).channel_names)
+
 
 if __name__ == "__main__":
     unittest.main()

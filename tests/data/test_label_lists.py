@@ -23,7 +23,14 @@ from monai.data import DataLoader, Dataset
 from parameterized import parameterized
 from PIL import Image
 
-from monai_jointdiff.data import choose_labelled, labelled_names, open_source, open_with_few_labels, write_label_list
+from monai_jointdiff.data import (
+    choose_labelled,
+    labelled_names,
+    labels_fingerprint,
+    open_source,
+    open_with_few_labels,
+    write_label_list,
+)
 
 PHANTOMS = {"image_size": 16, "phantom_counts": (60, 6, 6)}
 
@@ -203,6 +210,35 @@ class TestSource(unittest.TestCase):
         self.assertEqual(kept, choose_labelled(vectors, 6).tolist())
         self.assertEqual(labelled_names(train), [train[n]["name"] for n in kept])
         self.assertEqual([train[n]["label"] for n in kept], vectors[kept].tolist())
+
+    def test_fingerprint_is_that_of_the_labelled_images(self) -> None:
+        items = [{"name": "a", "label": 0}, {"name": "b", "label": -1}, {"name": "c", "label": np.int64(2)}]
+        same = [items[0], {"name": "of no matter", "label": -1}, {**items[2], "label": 2}]
+        self.assertEqual(labels_fingerprint(items), labels_fingerprint(same))
+        self.assertRegex(labels_fingerprint(items), r"^sha256:[0-9a-f]{64}$")
+        others = [
+            [items[0], {**items[1], "label": 1}, items[2]],  # one more
+            [items[0], items[1], {**items[2], "label": 1}],  # another label
+            [items[0], items[1], {**items[2], "name": "d"}],  # another image
+            items[::-1],  # another order
+        ]
+        self.assertEqual(len({labels_fingerprint(one) for one in [items, *others]}), 5)
+        vectors = [{"name": "a", "label": [1.0, -1.0]}, {"name": "b", "label": [-1.0, -1.0]}]
+        self.assertEqual(labels_fingerprint(vectors), labels_fingerprint(vectors[:1]))
+
+    def test_all_images_of_a_lesion_in_an_npz_have_their_label_or_none(self) -> None:
+        lesions = np.array([f"HAM_{n // 3:03d}" for n in range(60)])
+        labels = np.repeat(np.arange(20) % 4 == 0, 3).astype(int)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "data.npz"
+            images = {f"{part}_images": np.zeros((n, 8, 8), np.uint8) for part, n in (("train", 60), ("val", 2))}
+            rest = {"test_images": images["val_images"], "val_labels": [0, 1], "test_labels": [0, 1]}
+            np.savez(path, **images, **rest, train_labels=labels, train_lesions=lesions)
+            train = open_with_few_labels(path, num_labels=12).part("train")
+        kept = {item["patient"] for item in train if item["label"] >= 0}
+        self.assertEqual(len(kept), 4)
+        for item in train:
+            self.assertEqual(item["label"] >= 0, item["patient"] in kept)
 
     def test_all_images_of_a_patient_have_their_label_or_none(self) -> None:
         """A folder with a table of files, labels and patients; patients of 1 to 4 images, some images without one."""

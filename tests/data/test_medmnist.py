@@ -37,6 +37,7 @@ class TestDownload(unittest.TestCase):
             ("pneumoniamnist", 100, "pneumoniamnist.npz", 28),
             ("organmnist3d", 64, "organmnist3d_64.npz", 64),
             ("organmnist3d", 224, "organmnist3d.npz", 28),
+            ("organmnist3d_28", 64, "organmnist3d.npz", 28),
         ]
     )
     def test_asks_for_file_of_the_size_with_checksum(self, name: str, size: Any, file: str, pixels: int) -> None:
@@ -68,6 +69,24 @@ class TestDownload(unittest.TestCase):
     def test_unknown_names_are_refused(self, name: str) -> None:
         with self.assertRaisesRegex(ValueError, f"there is no '{name}'; there are pathmnist, "):
             download_medmnist(name)
+
+    @parameterized.expand(["pneumoniamnist_256", "pneumoniamnist_foo", "pneumoniamnist_", "organmnist3d_224"])
+    def test_sizes_that_there_are_not_are_refused(self, name: str) -> None:
+        base = name.partition("_")[0]
+        with mock.patch.object(medmnist, "download_url") as download:
+            with self.assertRaisesRegex(ValueError, f"there is no '{name}'; there are {base}, {base}_28, {base}_64"):
+                download_medmnist(name)
+        download.assert_not_called()
+
+    @parameterized.expand([("organmnist3d", 2, 3), ("pathmnist_64", 3, 2)])
+    def test_volumes_are_no_images(self, name: str, wrong: int, right: int) -> None:
+        folder = temporary_folder(self)
+        with mock.patch.object(medmnist, "download_url") as download:
+            with self.assertRaisesRegex(ValueError, f"have {right} axes, .*right is --spatial_dims {right}"):
+                download_medmnist(name, folder=folder, spatial_dims=wrong)
+            download.assert_not_called()
+            download_medmnist(name, folder=folder, spatial_dims=right)
+        download.assert_called_once()
 
     def test_checksums_are_whole_and_all_different(self) -> None:
         sums = [value for sizes in MEDMNIST_MD5.values() for value in sizes.values()]

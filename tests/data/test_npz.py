@@ -75,6 +75,14 @@ class TestReadNpz(unittest.TestCase):
         self.assertEqual([r.patient for r in found.records], ["7", "9"])
         self.assertEqual(found.class_names, ["a", "b"])
 
+    def test_lesions_belong_together_where_no_patients_are_known(self) -> None:
+        arrays = {"train_images": pixels(3, 4, 4), "train_lesions": np.array(["L7", "", "L7"])}
+        self.assertEqual([r.patient for r in read_npz(self.save(**arrays)).records], ["L7", None, "L7"])
+        patients = np.array(["p", "p", "q"])
+        self.assertEqual(
+            [r.patient for r in read_npz(self.save(**arrays, train_patients=patients)).records], ["p", "p", "q"]
+        )
+
     @parameterized.expand([(0.0, 1.0), (-1.0, 1.0)])
     def test_floating_values_keep_the_range_of_the_training_part(self, low: float, high: float) -> None:
         images = np.linspace(low, high, 64, dtype=np.float32).reshape(1, 8, 8)
@@ -92,6 +100,7 @@ class TestReadNpz(unittest.TestCase):
             ({"train_images": pixels(2, 4, 4), "train_labels": np.zeros(3)}, 2, "but there are 2 images"),
             ({"train_images": pixels(2, 4, 4), "train_labels": np.zeros((2, 2, 2))}, 2, "has shape"),
             ({"train_images": pixels(2, 4, 4), "train_patients": np.zeros(3)}, 2, "train_patients .* has shape"),
+            ({"train_images": pixels(2, 4, 4), "train_lesions": np.zeros(3)}, 2, "train_lesions .* has shape"),
             ({"train_images": pixels(2, 4, 4), "train_masks": pixels(2, 4, 5)}, 2, r"train_masks .* \(2, 4, 4\)"),
             ({"train_images": pixels(2, 4, 4, 4, 2)}, 2, r"must be \(N, rows, columns\).*got shape \(2, 4, 4, 4, 2\)"),
             ({"other_images": pixels(2, 4, 4)}, 2, "'other' is no part of a data set"),
@@ -107,6 +116,8 @@ class TestReadNpz(unittest.TestCase):
         names = {"channels": np.array(["FLAIR", "T1c"]), "patients": np.array(["x", "y", "x"])}
         found = read_npz(self.save(images=images, **names), 3)
         self.assertEqual((found.in_channels, list(found.image_size)), (2, [5, 6, 7]))
+        self.assertEqual(found.channel_names, ["FLAIR", "T1c"])
+        self.assertIsNone(read_npz(self.save(images=images), 3).channel_names)
         for record, image in zip(found.records, images, strict=True):
             np.testing.assert_array_equal(record.image, image)
         self.assertEqual([(r.name, r.part, r.patient) for r in found.records][1], ("images/000001", None, "y"))

@@ -18,6 +18,7 @@ import json
 import os
 import unittest
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -86,6 +87,8 @@ class TestPhantoms(unittest.TestCase):
         options: dict[str, Any] = {"spatial_dims": spatial_dims, "image_size": 16, "phantom_counts": COUNTS}
         source = open_source(phantoms="brain", intensity=rule, **options)
         self.assertEqual((source.class_names, source.in_channels), (["no_tumour", "tumour"], 2))
+        self.assertEqual(source.description()["channel_names"], ["FLAIR", "T1c"])
+        self.assertIsNone(open_source(**options).channel_names)
         item, phantom = source.part("val")[0], BrainPhantoms(spatial_dims, 16)(20)
         prepared = source.preprocessing()(item)
         np.testing.assert_allclose(prepared["image"], phantom.image.astype(np.float32) / 127.5 - 1, atol=1e-6)
@@ -144,6 +147,27 @@ class TestFiles(unittest.TestCase):
         parts = [{int(i["name"][:3]) % 10 for i in source.part(part)} for part in ("train", "val", "test")]
         self.assertEqual(sum(map(len, parts)), 10)
 
+    def test_all_parts_together_in_the_order_of_the_names(self) -> None:
+        folder = temporary_folder(self)
+        stored = open_source(save_npz(folder))
+        self.assertTrue(stored.has_parts)
+        names = [f"{part}/{n:06d}" for part in ("test", "train", "val") for n in range(10)]
+        self.assertEqual([item["name"] for item in stored.part("all")], names)
+        np.savez(folder / "new.npz", images=pixels(0, 50, 6, 8))
+        drawn = open_source(folder / "new.npz")
+        self.assertFalse(drawn.has_parts)
+        self.assertEqual([item["name"] for item in drawn.part("all")], [f"images/{n:06d}" for n in range(50)])
+        self.assertTrue(open_source(phantom_counts=COUNTS).has_parts)
+
+    def test_patient_goes_along(self) -> None:
+        folder = save_folder(temporary_folder(self), 6, patients=3)
+        source = open_source(folder)
+        prepare = source.preprocessing()
+        found = {item["name"]: prepare(item)["patient"] for item in source.part("all")}
+        self.assertEqual(found, {f"{n:03d}.png": str(n % 3) for n in range(6)})
+        (item, *_) = (unknown := open_source(save_npz(folder))).part("val")
+        self.assertEqual(unknown.preprocessing()(item)["patient"], "")
+
     def test_folder_called_by_a_number(self) -> None:
         folder = temporary_folder(self)
         (folder / "2024").mkdir()
@@ -157,7 +181,7 @@ class TestFiles(unittest.TestCase):
         path = save_npz(temporary_folder(self))
         with mock.patch.object(source_module, "download_medmnist", return_value=path) as download:
             source = open_source("medmnist:pneumoniamnist", image_size=64)
-        download.assert_called_once_with("pneumoniamnist", 64)
+        download.assert_called_once_with("pneumoniamnist", 64, spatial_dims=2)
         self.assertEqual((source.name, source.image_size), ("medmnist:pneumoniamnist", (64, 64)))
 
     def test_class_names_give_the_order_and_may_name_absent_classes(self) -> None:
@@ -208,6 +232,23 @@ class TestFiles(unittest.TestCase):
 class TestSource(unittest.TestCase):
     def setUp(self) -> None:
         self.folder = temporary_folder(self)
+
+    def test_fingerprint_is_of_names_and_parts(self) -> None:
+        source = open_source(phantom_counts=COUNTS)
+        self.assertRegex(source.fingerprint(), r"^sha256:[0-9a-f]{64}$")
+        items = dict(source.items)
+        same = [
+            open_source(phantom_counts=COUNTS, image_size=16),
+            replace(source, items={**items, "train": [{**item, "label": -1} for item in items["train"]]}),
+        ]
+        others = [
+            open_source(phantom_counts=(20, 9, 5)),  # the same images, one of them in another part
+            replace(source, items={**items, "train": items["train"][::-1]}),
+            replace(source, items={**items, "test": items["test"][1:]}),
+            replace(source, items={**items, "val": [{**item, "name": "x"} for item in items["val"]]}),
+        ]
+        self.assertEqual({one.fingerprint() for one in same}, {source.fingerprint()})
+        self.assertEqual(len({one.fingerprint() for one in [source, *others]}), 5)
 
     def test_description_is_all_that_inference_needs(self) -> None:
         images = np.linspace(-1, 1, 480, dtype=np.float32).reshape(10, 6, 8)
@@ -311,6 +352,7 @@ class TestSlices(unittest.TestCase):
         self.assertEqual(sum(map(len, scans.values())), 8)  # no scan in two parts
         self.assertEqual(sum(item["label"] == 1 for part in items.values() for item in part), 4)
         self.assertEqual((source.class_names, source.in_channels), (["well", "ill"], 2))
+        self.assertEqual(len(source.description()["channel_names"]), 2)
         for item in items["train"][:6]:
             prepared = source.preprocessing()(item)
             self.assertIsInstance(prepared["image"], MetaTensor)

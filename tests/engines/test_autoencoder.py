@@ -32,6 +32,7 @@ from monai_jointdiff.engines import (
     ModelDescription,
     ReconstructionPictures,
     autoencoder,
+    check_autoencoder_folder,
     evaluate_reconstruction,
     make_perceptual,
     open_first_stage,
@@ -157,7 +158,7 @@ class TestStart(unittest.TestCase):
         return {path.name for path in self.folder.iterdir()}
 
     def test_new_run_removes_an_old_autoencoder(self) -> None:
-        start_autoencoder(self.folder, resume="checkpoint.pt")
+        check_autoencoder_folder(self.folder)
         self.assertEqual(self.files(), {"autoencoder.pt", "autoencoder.json"})
         start_autoencoder(self.folder)
         self.assertEqual(self.files(), set())
@@ -165,11 +166,11 @@ class TestStart(unittest.TestCase):
     def test_model_on_its_latents_is_kept_from_harm(self) -> None:
         model = ModelDescription({}, {}, small.source().description(), autoencoder=self.stage.description)
         model.save(self.folder / "model.json")
-        start_autoencoder(self.folder, resume="checkpoint.pt")  # no weights: nothing to keep
+        check_autoencoder_folder(self.folder)  # no weights: nothing to keep
         (self.folder / "model.pt").touch()
-        for resume in (None, "checkpoint.pt"):
+        for refuse in (check_autoencoder_folder, start_autoencoder):
             with self.assertRaisesRegex(ValueError, "holds a diffusion model on the latents.*Choose another folder"):
-                start_autoencoder(self.folder, resume)
+                refuse(self.folder)
         self.assertLessEqual({"autoencoder.pt", "autoencoder.json", "model.pt"}, self.files())
 
 

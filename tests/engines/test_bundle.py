@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import io
 import unittest
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -25,15 +26,17 @@ import numpy as np
 import torch
 from parameterized import parameterized
 
-from monai_jointdiff.data import BalancedOrder, ShuffledOrder, open_source
+from monai_jointdiff.data import BalancedOrder, ImageSource, ShuffledOrder, open_source
 from monai_jointdiff.engines import (
     announce,
+    check_image_size,
     check_options,
     class_weights,
     draw_order,
     epoch_length,
     find_bundle_root,
     freeze_encoder,
+    head_classes,
     json_word,
     load_pretrained,
     load_weights,
@@ -135,7 +138,9 @@ class TestOptions(unittest.TestCase):
             ({"amp": True}, "--amp is not supported"),
             ({"compile": True}, "--compile is not supported"),
             ({"balance": "both"}, "--balance is 'both'"),
+            ({"head": "magic"}, "--head is 'magic', it must be one of standardized, mediffusion"),
             ({"task": "segment"}, "--task is 'segment', it must be one of joint, denoise, classify"),
+            ({"num_workers": -1}, "--num_workers must be at least 0, got -1"),
             ({"epochs": 0}, "--epochs must be greater than 0, got 0"),
             ({"learning_rate": -1.0}, "--learning_rate must be greater than 0, got -1.0"),
             ({"max_minutes": float("nan")}, "--max_minutes must be greater than 0"),
@@ -144,6 +149,31 @@ class TestOptions(unittest.TestCase):
     def test_wrong_options(self, options: dict[str, Any], message: str) -> None:
         with self.assertRaisesRegex(ValueError, message):
             check_options(**options)
+
+    @parameterized.expand([(2, (16, 16)), (3, (4, 8, 16)), (1, (7, 9))])
+    def test_size_that_can_be_halved_passes(self, levels: int, size: tuple[int, ...]) -> None:
+        check_image_size(size, levels)
+
+    @parameterized.expand([(2, (16, 17), "2"), (3, (8, 8, 6), "4"), (4, (12, 8), "8")])
+    def test_size_that_cannot_be_halved(self, levels: int, size: tuple[int, ...], factor: str) -> None:
+        given = " x ".join(map(str, size))
+        with self.assertRaisesRegex(ValueError, f"of --image_size must be a multiple of {factor}, got {given}"):
+            check_image_size(size, levels)
+        with self.assertRaisesRegex(ValueError, "of the latents must be"):
+            check_image_size(size, levels, "the latents")
+
+    def test_sizes_refused_are_those_that_the_network_cannot_denoise(self) -> None:
+        network = small_network(dropout=0.0)  # of two levels
+        for size in (6, 7):
+            images = torch.zeros(1, 1, size, 8)
+            if size % 2:
+                with self.assertRaisesRegex(ValueError, "needs spatial sizes that are multiples of 2"):
+                    network(images, torch.tensor([5]))
+                with self.assertRaisesRegex(ValueError, "must be a multiple of 2, got 7 x 8"):
+                    check_image_size((size, 8), 2)
+            else:
+                check_image_size((size, 8), 2)
+                self.assertEqual(network(images, torch.tensor([5])).shape, images.shape)
 
     @parameterized.expand(["denoise", "classify"])
     def test_half_a_network_trains_in_one_process(self, task: str) -> None:
@@ -155,6 +185,26 @@ class TestOptions(unittest.TestCase):
             check_options(task="joint")
             with self.assertRaisesRegex(ValueError, f"--task {task} leaves half of the network"):
                 check_options(task=task)
+
+
+class TestHeadClasses(unittest.TestCase):
+    def source(self, *class_names: str, label: Any = 0, multi_label: bool = False) -> ImageSource:
+        source = open_source(phantom_counts=(2, 1, 1))
+        items = {part: [{**item, "label": label} for item in source.part(part)] for part in source.items}
+        return replace(source, items=items, class_names=list(class_names), multi_label=multi_label)
+
+    def test_one_for_each_class(self) -> None:
+        for task in ("joint", "denoise", "classify"):
+            self.assertEqual(head_classes(self.source("a", "b", "c"), task), 3)
+            self.assertEqual(head_classes(self.source("a", label=[1.0], multi_label=True), task), 1)
+
+    def test_denoising_needs_no_labels(self) -> None:
+        self.assertEqual(head_classes(self.source("unlabelled", label=-1), "denoise"), 2)
+
+    @parameterized.expand([(-1, "no image has a label"), (0, "all are of the class 'one'")])
+    def test_nothing_to_choose_from(self, label: int, reason: str) -> None:
+        with self.assertRaisesRegex(ValueError, f"phantoms of seed 0 .*: {reason}. Give .*--class_names a,b"):
+            head_classes(self.source("one", label=label))
 
 
 class TestWeights(unittest.TestCase):

@@ -126,6 +126,13 @@ class TestModelDescription(unittest.TestCase):
         del content["task"]
         ModelDescription.from_dict(content).require("denoise", "classify")
 
+    def test_names_of_channels(self) -> None:
+        description = small_description()
+        self.assertIsNone(description.channel_names)  # as of files of before
+        named = replace(description, data={**description.data, "channel_names": ["FLAIR"]})
+        named.save(self.path)
+        self.assertEqual(ModelDescription.load(self.path).channel_names, ["FLAIR"])
+
     def test_a_task_that_does_not_exist(self) -> None:
         content = {"format_version": 2, **asdict(small_description()), "task": "clasify"}
         with self.assertRaisesRegex(ValueError, "ModelDescription: task must be one of joint, .*, got 'clasify'"):

@@ -28,9 +28,12 @@ from parameterized import parameterized
 
 from monai_jointdiff.engines import (
     AbstentionRule,
+    Decision,
     DiffusionClassificationReporter,
     DiffusionClassifierPrepareBatch,
+    DrawCalibration,
     ModelDescription,
+    UnusualRule,
     answers_of_first_draws,
     classify_by_diffusion,
     conditional_description,
@@ -40,7 +43,14 @@ from monai_jointdiff.engines import (
     write_diffusion_csv,
 )
 from monai_jointdiff.handlers import DiffusionPredictions
-from monai_jointdiff.inferers import DiffusionClassifierInferer, DiffusionClassifierResult
+from monai_jointdiff.inferers import (
+    DenoisingProfile,
+    DiffusionClassifierInferer,
+    DiffusionClassifierResult,
+    Typicality,
+    replay,
+)
+from monai_jointdiff.metrics import fit_temperature
 from monai_jointdiff.networks import JointDiffusionUNet
 from monai_jointdiff.schedulers import make_scheduler
 from monai_jointdiff.visualize import save_png
@@ -68,13 +78,17 @@ def result_of(votes: Sequence[Sequence[int]], num_draws: int, head: Any = None) 
     head_probabilities = None if head is None else torch.tensor(head)
     chosen = counts.argmax(dim=1)
     probabilities = counts / made.clamp(min=1)[:, None]
+    logits = ((counts + 1) / (made[:, None] + 3)).log()
     if head_probabilities is not None:
         chosen = torch.where(made > 0, chosen, head_probabilities.argmax(dim=1))
         probabilities = torch.where(made[:, None] > 0, probabilities, head_probabilities.double())
+        left_out = (made == 0)[:, None] & (torch.arange(3) != chosen[:, None])
+        logits = logits.masked_fill(left_out, -math.inf)
     return DiffusionClassifierResult(
         prediction=chosen,
         probabilities=probabilities,
         votes=counts,
+        logits=logits,
         errors=errors.double().nanmean(dim=-1).nan_to_num(nan=torch.inf),
         num_draws=made,
         network_calls=3.0 * made + float(head is not None),
@@ -98,6 +112,7 @@ def labels_of_several() -> DiffusionClassifierResult:
         prediction=prediction,
         probabilities=present / 4.0,
         votes=present.double(),
+        logits=(torch.stack([5 - present, present + 1], dim=-1) / 6).log().double(),
         errors=errors.mean(dim=-1).double(),
         num_draws=torch.full((2, 3), 4),
         network_calls=torch.full((2,), 24.0),
@@ -260,6 +275,26 @@ class TestDoubt(unittest.TestCase):
         np.testing.assert_allclose(doubt(result, "majority"), [0, 0.3, 0.6])
         np.testing.assert_allclose(np.asarray(result.uncertainty), [0, 0.21, 0.24])
 
+    def test_of_the_head_alone_is_what_it_leaves_to_others(self) -> None:
+        """A head that answers alone is not the surest of all: between votes of 10 : 0 and of 6 : 4."""
+        head = [[0.2, 0.1, 0.7]] * 3
+        result = result_of([[0] * 10, [0] * 6 + [1] * 4, []], 10, head=head)
+        np.testing.assert_allclose(doubt(result, "majority"), [0, 0.4, 0.3], rtol=1e-6)
+        rule = AbstentionRule.choose(result, "majority", 0.3, "x")
+        self.assertEqual(rule.abstains(result).tolist(), [False, True, True])
+
+    def test_with_the_head_as_prior_is_of_both_together(self) -> None:
+        errors = torch.tensor([[[0.0] * 4, [1.0] * 4], [[1.0] * 4, [0.0] * 4]])  # 4 : 0 for class 0 and for class 1
+        logits = torch.tensor([[0.9, 0.1], [0.9, 0.1]]).log()
+        result = replay(errors, inferer_of(num_draws=4, head="prior"), logits)
+        expected = [0.1 / (0.9 * 5 + 0.1), 0.5 / (0.9 + 0.5)]  # 1 - p of the answers 0 and 0
+        self.assertEqual(result.prediction.tolist(), [0, 0])
+        np.testing.assert_allclose(doubt(result, "majority"), expected, rtol=1e-6)
+
+    def test_of_several_labels(self) -> None:
+        expected = [[0, 1 / 4, 0], [1 / 4, 1 / 2, 1 / 4]]
+        np.testing.assert_allclose(doubt(labels_of_several(), "majority"), expected)
+
     def test_of_the_mean_is_the_entropy(self) -> None:
         result = result_of([[0, 0], [0, 1]], 2)
         np.testing.assert_allclose(doubt(result, "mean"), [0, math.log(2)])
@@ -288,9 +323,71 @@ class TestAbstention(unittest.TestCase):
 
     def test_in_words(self) -> None:
         rule = AbstentionRule(0.8, 0.25, "majority", "the images themselves")
-        self.assertIn("more than 25.0% of the votes are against the answer", str(rule))
+        self.assertIn("more than 25.0% of the votes (with the head: of the probability) are against", str(rule))
         self.assertIn("at least 80% of the images themselves", str(rule))
-        self.assertIn("the entropy is 0.25", str(replace(rule, rule="mean")))
+        self.assertIn("the entropy is above 0.25", str(replace(rule, rule="mean")))
+
+
+def votes_that_are_too_sure(count: int = 200, seed: int = 0) -> tuple[DiffusionClassifierResult, np.ndarray]:
+    """Images of which class 0 or 1 gets all of nine votes and is right in three quarters of the cases."""
+    generator = np.random.default_rng(seed)
+    labels = generator.integers(0, 2, count)
+    answers = np.where(generator.random(count) < 0.75, labels, 1 - labels)
+    return result_of([[int(answer)] * 9 for answer in answers], 9), labels
+
+
+class TestDrawCalibration(unittest.TestCase):
+    def test_makes_unanimous_votes_as_sure_as_they_are_right(self) -> None:
+        result, labels = votes_that_are_too_sure(2000)
+        rule = DrawCalibration.fit(result, labels, "x")
+        assert rule is not None
+        sure = np.asarray(result.calibrated(rule.temperature)).max(axis=1)
+        right = (np.asarray(result.prediction) == labels).mean()
+        # the third class, which never is right, holds as much as the second does
+        self.assertAlmostEqual(float(sure.mean()), right, delta=0.05)
+        self.assertEqual(rule.temperature, fit_temperature(result.logits, labels))
+
+    def test_images_that_say_nothing_are_left_out(self) -> None:
+        result, labels = votes_that_are_too_sure(40)
+        expected = DrawCalibration.fit(result, labels, "x")
+        more = result_of([[int(answer)] * 9 for answer in result.prediction] + [[], [0] * 9], 9, [[0.2, 0.8, 0]] * 42)
+        found = DrawCalibration.fit(more, np.append(labels, [0, -1]), "x")
+        assert found is not None and expected is not None
+        self.assertAlmostEqual(found.temperature, expected.temperature, places=9)
+
+    def test_too_few_labels(self) -> None:
+        result, labels = votes_that_are_too_sure(20)
+        self.assertIsNotNone(DrawCalibration.fit(result, labels, "x"))
+        labels[3] = -1
+        self.assertIsNone(DrawCalibration.fit(result, labels, "x"))
+
+    def test_several_labels_are_a_question_each(self) -> None:
+        result = labels_of_several()
+        many = replace(result, logits=result.logits.repeat(5, 1, 1))
+        labels = np.tile([[1.0, 1.0, 0.0], [1.0, -1.0, 1.0]], (5, 1))
+        rule = DrawCalibration.fit(many, labels, "x")
+        assert rule is not None
+        difference = (many.logits[..., 1] - many.logits[..., 0]).numpy()
+        self.assertAlmostEqual(rule.temperature, fit_temperature(difference, labels, multi_label=True), places=6)
+
+    def test_in_words(self) -> None:
+        self.assertEqual(str(DrawCalibration(2.0, "x")), "calibrated with temperature 2, fitted on x")
+
+
+class TestUnusualRule(unittest.TestCase):
+    def test_flags_few_known_images_and_other_ones(self) -> None:
+        profiles = torch.randn(300, 4, generator=torch.Generator().manual_seed(0))
+        rule = UnusualRule.fit(profiles[:100], "x")
+        assert rule is not None
+        self.assertAlmostEqual(float((rule.scores(profiles[100:]) > rule.threshold).mean()), 0.05, delta=0.05)
+        self.assertTrue((rule.scores(profiles + 20) > rule.threshold).all())
+        self.assertEqual(rule.threshold, Typicality.held_out_threshold(profiles[:100]))
+        self.assertIn("95% of x stay below", str(rule))
+
+    def test_too_few_images(self) -> None:
+        profiles = torch.randn(20, 4, generator=torch.Generator().manual_seed(0))
+        self.assertIsNotNone(UnusualRule.fit(profiles, "x"))
+        self.assertIsNone(UnusualRule.fit(profiles[:19], "x"))
 
 
 class TestFirstDraws(unittest.TestCase):
@@ -342,6 +439,7 @@ class TestTable(unittest.TestCase):
                 "network_calls": "13",
                 "decided": "False",
                 "abstain": "True",
+                "head_prediction": "normal",
                 "head_normal": "0.500000",
                 "head_opacity": "0.250000",
                 "head_effusion": "0.250000",
@@ -350,6 +448,36 @@ class TestTable(unittest.TestCase):
         )
         part = {"prediction": "opacity", "draws": "2", "decided": "True", "abstain": "False", "label": ""}
         self.assertEqual(two, {**two, **part})
+
+    def test_head_alone_has_no_votes(self) -> None:
+        path = temporary_folder(self) / "x.csv"
+        result = result_of([[], [0, 1]], 4, head=[[0.5, 0.25, 0.25], [0.125, 0.75, 0.125]])
+        write_diffusion_csv(DiffusionPredictions(["1", "2"], np.full(2, -1), result), np.zeros(2, bool), NAMES, path)
+        columns = ("vote_share", "uncertainty", "draws", "probability_normal")
+        self.assertEqual([rows(path)[0][key] for key in columns], ["", "", "0", "0.500000"])
+        self.assertEqual([rows(path)[1][key] for key in columns], ["0.500000", "0.250000", "2", "0.500000"])
+
+    def test_calibrated_unusual_and_the_decision_of_the_head(self) -> None:
+        path = temporary_folder(self) / "x.csv"
+        errors = torch.tensor([[[0.0] * 4, [1.0] * 4]]).repeat(2, 1, 1)
+        result = replay(errors, inferer_of(num_draws=4, head="prior"), torch.tensor([[0.4, 0.6], [0.2, 0.8]]).log())
+        profiles = torch.tensor([[0.0], [3.0]]).double()
+        rule = UnusualRule(Typicality(torch.zeros(1).double(), torch.eye(1).double()), 2.0, 0.95, "x")
+        predictions = DiffusionPredictions(["1", "2"], np.full(2, -1), result, profiles)
+        write_diffusion_csv(
+            predictions,
+            np.zeros(2, bool),
+            ["no", "yes"],
+            path,
+            decision=Decision(thresholds=[0.7]),
+            calibration=DrawCalibration(2.0, "x"),
+            unusual=rule,
+        )
+        found = rows(path)
+        self.assertEqual([row["head_prediction"] for row in found], ["no", "yes"])  # .6 is below the threshold
+        self.assertEqual([(row["unusual_score"], row["unusual"]) for row in found], [("0", "False"), ("3", "True")])
+        product = [(5 * 0.4) ** 0.5, 0.6**0.5]  # 5 and 1 votes times the head, to the power 1 / 2
+        self.assertAlmostEqual(float(found[0]["calibrated_no"]), product[0] / sum(product), places=5)
 
     def test_several_labels(self) -> None:
         path = temporary_folder(self) / "x.csv"
@@ -429,17 +557,87 @@ class TestReporter(unittest.TestCase):
         description = ModelDescription({**network.config}, {}, model.data)
         inferer = inferer_of(num_draws=5)
         data = items([0, 1, 2, 1, 0, 2])
-        with contextlib.redirect_stdout(io.StringIO()):
-            reporter = DiffusionClassificationReporter(description, inferer, temporary_folder(self), bootstrap=0)
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            reporter = DiffusionClassificationReporter(
+                description,
+                inferer,
+                temporary_folder(self),
+                bootstrap=0,
+                profile=DenoisingProfile(inferer.scheduler, 2),
+            )
             images = replace(images_to_decide(None, model), reference=data, reference_name="others")
-            reporter.choose_abstention(network, images, lambda item: item, torch.device("cpu"), batch_size=4)
+            reporter.fit(network, images, lambda item: item, torch.device("cpu"), batch_size=4)
         found = classify_by_diffusion(network, inferer, ItemList(data), torch.device("cpu"), batch_size=3)
         self.assertEqual(found.names, [item["name"] for item in data])
         expected = AbstentionRule.choose(found.result, "majority", 0.8, "others (6 images)")
         self.assertEqual(reporter.abstention, expected)
+        self.assertIsNone(reporter.calibration)  # six labels are too few, and six images
+        self.assertIsNone(reporter.unusual)
+        self.assertIn("not calibrated: fewer than 20 labels of others (6 images)", printed.getvalue())
+        self.assertIn("no image is called unusual: fewer than 20 images", printed.getvalue())
         reporter.abstention = None
-        reporter.choose_abstention(network, replace(images, reference=[]), None, torch.device("cpu"))
+        reporter.fit(network, replace(images, reference=[]), None, torch.device("cpu"))
         self.assertIsNone(reporter.abstention)
+
+    def test_calibration_and_what_is_unusual_come_from_the_reference(self) -> None:
+        network, model = conditional_network(), phantom_model()
+        scheduler = make_scheduler("ddim")
+        inferer, profile = inferer_of(num_draws=5), DenoisingProfile(scheduler, 3)
+        reference, data = items([n % 3 for n in range(24)]), items([2, 0, 1, -1])
+        data[1]["image"] = torch.full_like(data[1]["image"], 30.0)  # far beyond any gray value
+        folder = temporary_folder(self)
+        description = ModelDescription({**network.config}, {}, {**model.data, "class_names": NAMES})
+        reporter = DiffusionClassificationReporter(description, inferer, folder, bootstrap=0, profile=profile)
+        images = replace(images_to_decide(None, model), reference=reference, reference_name="others")
+        device = torch.device("cpu")
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            reporter.fit(network, images, lambda item: item, device, batch_size=7)
+            reporter(classify_by_diffusion(network, inferer, ItemList(data), device, profile=profile))
+        known = classify_by_diffusion(network, inferer, ItemList(reference), device)
+        calibration = DrawCalibration.fit(known.result, known.labels, "others (24 images)")
+        assert calibration is not None and reporter.calibration is not None
+        self.assertAlmostEqual(reporter.calibration.temperature, calibration.temperature, places=6)
+        pictures = torch.stack([item["image"] for item in reference])
+        unusual = UnusualRule.fit(profile(pictures, network), "others (24 images)")
+        assert unusual is not None
+        new = unusual.scores(profile(torch.stack([item["image"] for item in data]), network))
+        found = rows(folder / "diffusion_predictions.csv")
+        np.testing.assert_allclose([float(row["unusual_score"]) for row in found], new, rtol=1e-3)
+        self.assertEqual([row["unusual"] for row in found], [str(bool(score > unusual.threshold)) for score in new])
+        self.assertEqual(found[1]["unusual"], "True")
+        result = classify_by_diffusion(network, inferer, ItemList(data), device).result
+        calibrated = [[float(row[f"calibrated_{name}"]) for name in NAMES] for row in found]
+        np.testing.assert_allclose(calibrated, result.calibrated(calibration.temperature), atol=1e-5)
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        self.assertEqual(summary["unusual"]["flagged"], float((new > unusual.threshold).mean()))
+        self.assertEqual((summary["unusual"]["draws"], summary["unusual"]["share"]), (3, 0.95))
+        hot = np.eye(3)[[2, 0, 1]]
+        for figures, values in ((summary, result.probabilities), (summary["calibrated"], np.array(calibrated))):
+            brier = np.square(np.asarray(values)[:3] - hot).sum(axis=1).mean()
+            self.assertAlmostEqual(figures["brier"]["value"], brier, places=5)
+            self.assertIn("ece", figures)
+        for words in ("calibrated with temperature", "unusual above a score", "brier, calibrated", "share unusual"):
+            self.assertIn(words, printed.getvalue())
+
+    def test_head_decides_by_its_threshold(self) -> None:
+        folder = temporary_folder(self)
+        model = replace(model_of(["no", "yes"]), decision=Decision(thresholds=[0.7]))
+        errors = torch.rand(4, 2, 3, generator=torch.Generator().manual_seed(0))
+        inferer = inferer_of(num_draws=3, head="prior")
+        result = replay(errors, inferer, torch.tensor([[0.4, 0.6], [0.2, 0.8], [0.35, 0.65], [0.9, 0.1]]).log())
+        reporter = DiffusionClassificationReporter(model, inferer, folder, bootstrap=0)
+        with contextlib.redirect_stdout(io.StringIO()):
+            reporter(DiffusionPredictions(list("abcd"), np.array([0, 1, 1, 0]), result))
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        accuracy = summary["head"]["selective"]["accuracy_at_coverage"]
+        # answers 0 1 0 0; probabilities of another answer .6 .2 .65 .1
+        self.assertEqual([entry["value"] for entry in accuracy if entry["coverage"] in (1.0, 0.5)], [0.75, 1.0])
+
+    def test_settings_tell_how_it_was_made(self) -> None:
+        options = {"stages": [(1, 2)], "rule": "mean", "head_temperature": 1.5}
+        summary, _ = self.report(result_of([[0, 1, 1], [0, 0, 0]], 3), [-1, -1], **options)
+        found = {key: summary["settings"][key] for key in ("stages", "head_temperature", "num_draws")}
+        self.assertEqual(found, {"stages": [[1, 2]], "head_temperature": 1.5, "num_draws": 3})
 
     @parameterized.expand([(0,), (1.5,)])
     def test_wrong_coverage(self, coverage: float) -> None:

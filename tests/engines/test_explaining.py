@@ -20,18 +20,30 @@ from typing import Any
 
 import torch
 from parameterized import parameterized
+from torch import nn
 
 from monai_jointdiff.engines import (
     CounterfactualPrepareBatch,
+    CounterfactualTargets,
+    HeadJudge,
     ModelDescription,
     class_of_target,
     class_to_generate,
+    fingerprint_of_model,
     images_to_classify,
     images_to_explain,
+    open_oracle,
     question_in_words,
     spread,
+    weights_fingerprint,
 )
+from monai_jointdiff.inferers import CounterfactualInferer, LatentSpace
+from monai_jointdiff.networks import JointDiffusionUNet
+from monai_jointdiff.schedulers import make_scheduler
+from tests.bundles.runs import temporary_folder
+from tests.engines.small_run import small_network, use_one_thread
 from tests.engines.test_serving import phantom_model
+from tests.inferers.autoencoders import HalvingAutoencoder
 
 NAMES = ["normal", "opacity", "effusion"]
 
@@ -39,6 +51,10 @@ NAMES = ["normal", "opacity", "effusion"]
 def model(multi_label: bool = False) -> ModelDescription:
     description = phantom_model()
     return replace(description, data={**description.data, "multi_label": multi_label})
+
+
+def network_with(**options: Any) -> JointDiffusionUNet:
+    return JointDiffusionUNet(**{**small_network().config, **options})
 
 
 class TestTarget(unittest.TestCase):
@@ -86,6 +102,12 @@ class TestTarget(unittest.TestCase):
     def test_question(self, multi_label: bool, target: Any, enforce: Any, expected: str) -> None:
         self.assertIn(expected, question_in_words(model(multi_label), target, enforce))
 
+    def test_every_other_answer(self) -> None:
+        self.assertIn("For each other class in turn", question_in_words(model(), "all", None))
+        self.assertIn("For each label in turn", question_in_words(model(True), "all", "null"))
+        with self.assertRaisesRegex(ValueError, "--target all asks for every other class; --enforce false needs one"):
+            question_in_words(model(), "all", "false")
+
     @parameterized.expand([(True, None), (False, False)])
     def test_a_question_that_needs_a_target(self, multi_label: bool, enforce: Any) -> None:
         with self.assertRaisesRegex(ValueError, "--target is needed; it must be one of normal, opacity, effusion"):
@@ -106,7 +128,7 @@ class TestClassToGenerate(unittest.TestCase):
     def test_refusals(self) -> None:
         with self.assertRaisesRegex(ValueError, "--class_label is 'efusion', it must be one of"):
             class_to_generate(self.model(), "efusion")
-        with self.assertRaisesRegex(ValueError, "the model is not class-conditional. Train one .*train_conditional"):
+        with self.assertRaisesRegex(ValueError, "not class-conditional. .*--rule classifier.*train_conditional"):
             class_to_generate(self.model(conditional=False), "effusion")
 
 
@@ -155,9 +177,118 @@ class TestPrepareBatch(unittest.TestCase):
         other = CounterfactualPrepareBatch(NAMES, seed=1)({"image": torch.zeros(1, 1, 4, 4), "name": ["b"]})[3]["seed"]
         self.assertNotEqual(other, seeds[1][:1])
 
+    def test_every_target(self) -> None:
+        batch = {"image": torch.zeros(1, 1, 4, 4), "name": ["a"]}
+        self.assertEqual(CounterfactualPrepareBatch(NAMES, "all")(batch)[3]["target"], "all")
+        self.assertEqual(CounterfactualPrepareBatch(["none", "all"], "all")(batch)[3]["target"], 1)  # a class so named
+
     def test_wrong_flag(self) -> None:
         with self.assertRaisesRegex(ValueError, "--enforce must be true, false or null, got 'perhaps'"):
             CounterfactualPrepareBatch(NAMES, 0, "perhaps")
+
+
+class TestTargets(unittest.TestCase):
+    def setUp(self) -> None:
+        use_one_thread()
+        steps: dict[str, Any] = {"timestep": 100, "num_inference_steps": 2, "probability": None, "scale": 20.0}
+        self.inferer = CounterfactualInferer(make_scheduler("ddim"), encoding="noise", **steps)
+        self.images = torch.rand(3, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+    def test_one_target_is_what_the_inferer_gives(self) -> None:
+        network = small_network()
+        (found,) = CounterfactualTargets(self.inferer)(self.images, network, 1, True, seed=[4, 5, 6])
+        expected = self.inferer(self.images, network, 1, True, seed=[4, 5, 6])
+        torch.testing.assert_close(found.counterfactual, expected.counterfactual, rtol=0, atol=0)
+
+    def test_every_other_class_once_from_the_same_noise(self) -> None:
+        network = small_network()
+        found = CounterfactualTargets(self.inferer)(self.images, network, "all", None, seed=[4, 5, 6])
+        self.assertEqual(len(found), 2)
+        p = found[0].probabilities
+        for n in range(3):
+            order = p[n].argsort(descending=True).tolist()
+            self.assertEqual([result.record.target[n] for result in found], order[1:])
+        for result in found:
+            torch.testing.assert_close(result.reconstruction, found[0].reconstruction, rtol=0, atol=0)
+            again = self.inferer(self.images, network, list(result.record.target), seed=[4, 5, 6])
+            torch.testing.assert_close(result.counterfactual, again.counterfactual, rtol=0, atol=0)
+
+    def test_two_classes_have_one_other(self) -> None:
+        found = CounterfactualTargets(self.inferer)(self.images, network_with(num_classes=2), "all")
+        self.assertEqual(len(found), 1)
+
+    def test_every_label(self) -> None:
+        network = network_with(multi_label=True)
+        found = CounterfactualTargets(self.inferer, 3)(self.images, network, "all", None)
+        self.assertEqual([result.record.target for result in found], [(k,) * 3 for k in range(3)])
+        for k, result in enumerate(found):
+            present = (result.probabilities[:, k] >= 0.5).tolist()
+            self.assertEqual([not enforced for enforced in result.record.enforce], present)
+
+    def test_another_word(self) -> None:
+        with self.assertRaisesRegex(ValueError, "target must be an index, None or 'all', got 'most'"):
+            CounterfactualTargets(self.inferer)(self.images, small_network(), "most")
+
+
+class TestOracle(unittest.TestCase):
+    def setUp(self) -> None:
+        use_one_thread()
+        self.folder = temporary_folder(self)
+        self.description = phantom_model()
+        self.save("model", seed=0)
+
+    def save(self, name: str, seed: int, description: ModelDescription | None = None) -> nn.Module:
+        torch.manual_seed(seed)
+        network = self.description.build_network().eval()
+        (self.folder / name).mkdir()
+        torch.save(network.state_dict(), self.folder / name / "model.pt")
+        (self.description if description is None else description).save(self.folder / name / "model.json")
+        return network
+
+    def open(self, name: str | None) -> HeadJudge | None:
+        oracle = None if name is None else self.folder / name
+        return open_oracle(oracle, self.description, self.folder / "model", torch.device("cpu"))
+
+    @parameterized.expand([(False,), (True,)])
+    def test_says_what_its_head_says(self, multi_label: bool) -> None:
+        self.description = model(multi_label)
+        network = self.save("oracle", 1)
+        oracle = self.open("oracle")
+        assert oracle is not None
+        images = torch.rand(2, 1, 8, 8)
+        with torch.no_grad():
+            logits = network(images)
+        torch.testing.assert_close(oracle(images).float(), logits.sigmoid() if multi_label else logits.softmax(1))
+
+    def test_on_latents(self) -> None:
+        """The judge sees an image as inference does: encoded."""
+        autoencoder, network = HalvingAutoencoder(2.0), small_network().eval()
+        judge = HeadJudge(network, self.description, LatentSpace(autoencoder, 0.5))
+        images = torch.rand(2, 1, 8, 8)
+        with torch.no_grad():
+            expected = network(autoencoder.encode(images)[0] * 0.5).softmax(1)
+        torch.testing.assert_close(judge(images).float(), expected)
+
+    def test_none_and_fingerprints(self) -> None:
+        self.assertIsNone(self.open(None))
+        self.assertIsNone(open_oracle("null", self.description, self.folder, torch.device("cpu")))
+        weights = torch.load(self.folder / "model" / "model.pt", weights_only=True)
+        self.assertEqual(fingerprint_of_model(self.folder / "model"), weights_fingerprint(weights))
+        for nothing in (None, self.folder):
+            self.assertIsNone(fingerprint_of_model(nothing))
+
+    def test_refusals(self) -> None:
+        with self.assertRaisesRegex(ValueError, "holds no model.pt"):
+            self.open("nowhere")
+        with self.assertRaisesRegex(ValueError, "--oracle has the weights of the model that is explained"):
+            self.open("model")
+        other = replace(self.description, data={**self.description.data, "class_names": ["a", "b", "c"]})
+        self.save("other", 1, other)
+        with self.assertRaisesRegex(ValueError, r"class_names: \['a', 'b', 'c'\] instead of \['normal', 'opacity'"):
+            self.open("other")
+        self.save("denoiser", 1, replace(self.description, task="denoise"))
+        with self.assertRaisesRegex(ValueError, "learned to classify"):
+            self.open("denoiser")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import contextlib
 import io
 import json
 import unittest
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -26,13 +27,15 @@ from parameterized import parameterized
 
 from monai_jointdiff.data import read_image
 from monai_jointdiff.engines import (
+    ModelDescription,
     SamplingInferer,
     compare_generation,
     draw_samples,
+    guidance_to_generate,
     noise_of_draws,
     write_generation,
 )
-from monai_jointdiff.inferers import JointDiffusionInferer
+from monai_jointdiff.inferers import ClassifierGuidance, Guidance, JointDiffusionInferer, RepresentationGuidance
 from monai_jointdiff.networks import JointDiffusionUNet
 from monai_jointdiff.schedulers import make_scheduler
 from tests.bundles.runs import temporary_folder
@@ -48,6 +51,10 @@ class Pixels:
 
     def extract(self, images: np.ndarray) -> np.ndarray:
         return images.reshape(len(images), -1).astype(np.float64)
+
+
+def model_of(network: JointDiffusionUNet) -> ModelDescription:
+    return ModelDescription(network.config, {}, {"class_names": ["a", "b", "c"], "multi_label": False})
 
 
 def sampling(name: str, seed: int = 0, steps: int = 3) -> SamplingInferer:
@@ -89,6 +96,44 @@ class TestSampling(unittest.TestCase):
         torch.testing.assert_close(found, expected, rtol=0, atol=0)
         free = SamplingInferer(inferer, scheduler, 3)(self.noise, network)
         self.assertGreater(float((free - found).abs().max()), 1e-3)
+
+    @parameterized.expand([("classifier", ClassifierGuidance, 3.0), ("representation", RepresentationGuidance, 100.0)])
+    def test_led_by_the_head(self, rule: str, kind: type[Guidance], scale: float) -> None:
+        network = JointDiffusionUNet(**{**self.network.config, "head": "mediffusion"}).eval()
+        for parameter in network.parameters():  # MONAI's last layers start at 0
+            if parameter.ndim > 1 and not bool(parameter.any()):
+                torch.nn.init.normal_(parameter, std=0.3)
+        scheduler = make_scheduler("ddim", 3)
+        inferer = JointDiffusionInferer(scheduler)
+        found = []
+        for given, strength in ((None, scale), ("null", scale), (2 * scale, 2 * scale)):
+            guidance = guidance_to_generate(model_of(network), rule, 2, given)
+            expected = inferer.sample(self.noise, network, scheduler, guidance=kind(2, strength)).image
+            found.append(SamplingInferer(inferer, scheduler, 3, guidance=guidance)(self.noise, network))
+            torch.testing.assert_close(found[-1], expected, rtol=0, atol=0)
+        free = SamplingInferer(inferer, scheduler, 3)(self.noise, network)
+        for one, other in ((found[0], free), (found[0], found[2])):
+            self.assertGreater(float((one - other).abs().max()), 1e-4)
+
+    def test_class_condition_is_no_rule_of_the_head(self) -> None:
+        self.assertIsNone(guidance_to_generate(model_of(self.network), "class_free", 2))
+
+    @parameterized.expand(
+        [
+            (("nearest", 1, None), "--rule is 'nearest', it must be one of classifier, representation, class_free"),
+            (("classifier", None, None), "--rule classifier leads to a class: --class_label is needed"),
+            (("classifier", 1, 0), "--scale must be greater than 0, got 0"),
+            (("class_free", 1, 2.0), "--rule class_free has --guidance_scale"),
+        ]
+    )
+    def test_rules_that_lead_nowhere_are_refused(self, given: tuple[Any, ...], message: str) -> None:
+        with self.assertRaisesRegex(ValueError, message):
+            guidance_to_generate(model_of(self.network), *given)
+
+    def test_head_that_learned_nothing_cannot_lead(self) -> None:
+        denoiser = replace(model_of(self.network), task="denoise")
+        with self.assertRaisesRegex(ValueError, "trained with --task denoise"):
+            guidance_to_generate(denoiser, "classifier", 1)
 
     def test_is_what_the_inferer_samples(self) -> None:
         one = sampling("ddim")

@@ -17,6 +17,7 @@ import ast
 import contextlib
 import csv
 import json
+import shutil
 import subprocess
 import tempfile
 import unittest
@@ -87,11 +88,16 @@ class TestStudy(unittest.TestCase):
         folder = tempfile.TemporaryDirectory()
         self.addCleanup(folder.cleanup)
         self.folder = Path(folder.name)
+        self.configs = [self.folder / "train.json", self.folder / "train_semi.json"]
+        for file in self.configs:
+            file.write_text("{}", encoding="utf-8")
 
     def study(self, **options: Any) -> LabelEfficiencyStudy:
         given = {"dataset_dir": "/somewhere/images", "epochs": 3, "image_size": None}
-        files = ["train.json", "train_semi.json"]
-        return LabelEfficiencyStudy(files, self.folder, **{**GRID, "options": given, **options})
+        return LabelEfficiencyStudy(self.configs, self.folder, **{**GRID, "options": given, **options})
+
+    def written(self) -> dict[str, Any]:
+        return dict(json.loads((self.folder / "label_efficiency.json").read_text(encoding="utf-8")))
 
     def run_study(self, trainings: Trainings, drawn: bool = False, **options: Any) -> list[LabelRunResult]:
         """Without the picture, which takes half a second each time, unless it is looked at."""
@@ -113,7 +119,7 @@ class TestStudy(unittest.TestCase):
         self.assertEqual(found, expected)
         self.assertEqual(len({asked["ckpt_dir"] for asked in trainings.asked}), 8)
         first = trainings.asked[0]
-        self.assertEqual(first["config_file"], ["train.json", "train_semi.json"])
+        self.assertEqual(first["config_file"], [str(file) for file in self.configs])
         self.assertEqual((first["dataset_dir"], first["epochs"], first["num_samples"]), ("/somewhere/images", 3, 0))
         self.assertEqual(first["validation_count"], "labelled")
         self.assertNotIn("image_size", first)
@@ -122,8 +128,10 @@ class TestStudy(unittest.TestCase):
 
     def test_results_and_files(self) -> None:
         results = self.run_study(Trainings())
-        content = json.loads((self.folder / "label_efficiency.json").read_text(encoding="utf-8"))
+        content = self.written()
         self.assertNotIn("somewhere", json.dumps(content))
+        self.assertNotIn(str(self.folder), json.dumps(content))
+        self.assertEqual((content["settings"]["trainings"], content["settings"]["dataset_dir"]), (8, "images"))
         points = {(point["algorithm"], point["num_labels"]): point for point in content["means"]}
         self.assertEqual(len(points), 4)
         for (algorithm, n), point in points.items():
@@ -146,8 +154,8 @@ class TestStudy(unittest.TestCase):
     def test_goes_on_where_it_was_interrupted(self) -> None:
         with self.assertRaisesRegex(RuntimeError, r"supervised, 20 labels, seed 0 failed \(code 1\)(.|\n)*out of luck"):
             self.run_study(Trainings(fails_at=3))
-        written = json.loads((self.folder / "label_efficiency.json").read_text(encoding="utf-8"))
-        self.assertEqual(len(written["runs"]), 2)
+        written = self.written()
+        self.assertEqual((len(written["runs"]), written["settings"]["trainings"]), (2, 8))
         second = Trainings()
         results = self.run_study(second)
         self.assertEqual(len(second.asked), 6)
@@ -159,14 +167,63 @@ class TestStudy(unittest.TestCase):
         self.run_study(more, label_seeds=[0, 5, 6])
         self.assertEqual([asked["label_seed"] for asked in more.asked], [6] * 4)
 
+    def test_more_trainings_are_added_to_what_is_there(self) -> None:
+        """In the files, too: as one call for all of them would have written."""
+        with mock.patch("time.perf_counter", lambda: 0.0):
+            self.run_study(Trainings(), label_seeds=[5], counts=[20])
+            results = self.run_study(Trainings(), label_seeds=[0], counts=[10, 20], algorithms=["fixmatch"])
+            self.assertEqual([result.run.num_labels for result in results], [10, 20])  # those asked for
+            self.assertEqual(len(self.written()["runs"]), 4)
+            self.run_study(Trainings())
+            piecewise = self.written(), (self.folder / "label_efficiency.csv").read_text(encoding="utf-8")
+            shutil.rmtree(self.folder / "runs")
+            self.run_study(Trainings())
+        self.assertEqual(piecewise[0], self.written())
+        self.assertEqual(piecewise[1], (self.folder / "label_efficiency.csv").read_text(encoding="utf-8"))
+        self.assertEqual([point["draws"] for point in piecewise[0]["means"]], [2] * 4)
+        fewer = Trainings()
+        self.run_study(fewer, label_seeds=[0], counts=[10], algorithms=["supervised"])  # forgets nothing
+        self.assertEqual((fewer.asked, len(self.written()["runs"])), ([], 8))
+
+    def test_trainings_of_other_options_are_not_among_the_results(self) -> None:
+        self.run_study(Trainings(), label_seeds=[0])
+        self.run_study(Trainings(), label_seeds=[5], options={"epochs": 4})
+        self.assertEqual({row["label_seed"] for row in self.written()["runs"]}, {5})
+
     def test_trainings_of_other_options_are_not_mixed(self) -> None:
         self.run_study(Trainings())
         none = Trainings()
         with self.assertRaisesRegex(ValueError, "LabelEfficiencyStudy: .* other options .epochs was 3, is 4"):
-            self.run_study(none, options={"dataset_dir": "/elsewhere/images", "epochs": 4})
+            self.run_study(none, options={"dataset_dir": "/somewhere/images", "epochs": 4})
         with self.assertRaisesRegex(ValueError, "validation_count was 'labelled', is None"):
             self.run_study(none, fair_validation=False)
         self.assertEqual(none.asked, [])
+
+    def test_data_of_the_same_name_and_changed_configurations_are_other_options(self) -> None:
+        places = [self.folder / place / "images" for place in ("here", "there")]
+        for place in places:
+            place.mkdir(parents=True)
+        here: dict[str, Any] = {"options": {"dataset_dir": str(places[0])}}
+        self.run_study(Trainings(), **here)
+        none = Trainings()
+        with self.assertRaisesRegex(ValueError, r"other options \(dataset_fingerprint was 'sha256:\w{64}', is"):
+            self.run_study(none, options={"dataset_dir": str(places[1])})
+        detour = {"dataset_dir": str(places[1] / ".." / ".." / "here" / "images")}
+        self.run_study(none, options=detour)  # the same place
+        study = self.study(**here, label_seeds=[7])
+        self.configs[1].write_text('{"threshold": 0.8}', encoding="utf-8")
+        with self.assertRaisesRegex(ValueError, r"other options \(config_fingerprint was 'sha256:\w{64}', is"):
+            self.run_study(none, **here)
+        with (
+            mock.patch("subprocess.run", none),
+            mock.patch("builtins.print"),
+            self.assertRaisesRegex(ValueError, "a configuration file has changed since the study began"),
+        ):
+            study.run()
+        self.assertEqual(none.asked, [])
+        self.configs[1].unlink()
+        with self.assertRaisesRegex(ValueError, "there is no configuration file .*train_semi.json"):
+            self.study()
 
     def test_command_keeps_texts_and_values(self) -> None:
         values = {"dataset_dir": "2024_01", "progress": True, "train#epoch_length": 3, "class_names": ["a", "b"]}

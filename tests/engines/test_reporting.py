@@ -137,11 +137,11 @@ class TestPredictionsCsv(unittest.TestCase):
 
 
 class TestReporter(unittest.TestCase):
-    def report(self, description: ModelDescription, given: Predictions) -> tuple[Path, str]:
+    def report(self, description: ModelDescription, given: Predictions, bootstrap: int = 20) -> tuple[Path, str]:
         folder = temporary_folder(self)
         text = io.StringIO()
         with contextlib.redirect_stdout(text):
-            ClassificationReporter(description, folder, "test", bootstrap=20, seed=3)(given)
+            ClassificationReporter(description, folder, "test", bootstrap=bootstrap, seed=3)(given)
         return folder, text.getvalue()
 
     @parameterized.expand([("binary", BINARY, 2), ("three", THREE, 3)])
@@ -175,6 +175,37 @@ class TestReporter(unittest.TestCase):
         self.assertEqual(len(rows(folder / "predictions.csv")), 60)
         for path in folder.glob("*.png"):
             self.assertGreater(read_image(path).std(), 0)
+
+    def test_intervals_are_those_of_whole_patients(self) -> None:
+        given = predictions(2, count=36, unlabelled=0)
+        patients = [f"p{n}" for n in range(36)]
+        tripled = Predictions(given.names * 3, np.tile(given.logits, (3, 1)), np.tile(given.labels, 3), patients * 3)
+        folder, text = self.report(BINARY, tripled, bootstrap=1000)
+        single, plain = self.report(BINARY, given, bootstrap=1000)
+        found, expected = (json.loads((f / "metrics.json").read_text()) for f in (folder, single))
+        self.assertEqual(found["metrics"]["bootstrap"]["drawn"], "groups")
+        self.assertEqual(found["selective"]["bootstrap"]["drawn"], "groups")
+        for figure in ("auc", "accuracy", "brier"):  # an image three times tells no more than once
+            widths = [c["metrics"][figure]["high"] - c["metrics"][figure]["low"] for c in (found, expected)]
+            self.assertAlmostEqual(widths[0] / widths[1], 1, delta=0.2)  # 0.58 were they independent
+            self.assertAlmostEqual(found["metrics"][figure]["value"], expected["metrics"][figure]["value"])
+        self.assertIn("note: intervals are those of 36 resampled patients", text)
+        self.assertNotIn("patients", plain)
+
+    def test_few_patients_have_no_intervals(self) -> None:
+        given = predictions(2, count=36, unlabelled=0)
+        for count, has_interval in ((9, False), (10, True)):
+            folder, text = self.report(BINARY, replace(given, patients=[f"p{n % count}" for n in range(36)]))
+            found = json.loads((folder / "metrics.json").read_text())
+            figures = [found["metrics"]["auc"], found["selective"]["aurc"]]
+            self.assertEqual([figure["low"] is not None for figure in figures], [has_interval] * 2)
+            self.assertEqual("note: 9 patients are too few for intervals (at least 10)" in text, not has_interval)
+
+    def test_all_parts_are_called_so(self) -> None:
+        text = io.StringIO()
+        with contextlib.redirect_stdout(text):
+            ClassificationReporter(BINARY, temporary_folder(self), "all", bootstrap=0)(predictions(2))
+        self.assertIn("\nall parts\n", text.getvalue())
 
     def test_several_labels_have_no_confusion_matrix(self) -> None:
         folder, _ = self.report(SEVERAL, several())

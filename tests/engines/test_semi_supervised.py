@@ -227,6 +227,20 @@ class TestParts(unittest.TestCase):
             self.assertEqual(set(item), {"image", *term.views})
             self.assertGreater(float((item[term.views[0]] - item[term.views[1]]).abs().max()), 0.01)
 
+    @parameterized.expand([(2,), (3,)])
+    def test_strong_view_is_made_of_the_weak_one(self, dims: int) -> None:
+        image = torch.rand(1, *[8] * dims, generator=torch.Generator().manual_seed(0)) - 0.5
+        transform = view_transforms(ClassificationAugmentation(dims, flip=True), ("image_cls", "image_strong"), 0)
+        mirrored = 0
+        for seed in range(20):
+            views = transform.set_random_state(seed)({"image": image})
+            weak, strong = views["image_cls"], views["image_strong"]
+            seen = strong > -1  # what the cutout has left
+            self.assertGreater(float(seen.float().mean()), 0.5)
+            torch.testing.assert_close(strong[seen], weak[seen], atol=1e-5, rtol=0)
+            mirrored += bool((weak - image.flip(-1)).abs().mean() < (weak - image).abs().mean())
+        self.assertTrue(4 <= mirrored <= 16, mirrored)
+
     def test_rounds_ask_for_the_weak_view_alone(self) -> None:
         term = make_unlabelled_term("acpl", multi_label=True)
         self.assertIsInstance(term, PseudoLabelLoss)

@@ -35,6 +35,7 @@ from monai_jointdiff.engines import (
     load_trained,
     noise_items,
     noise_of_draws,
+    part_in_words,
     preprocessing_of_model,
     require_trained,
     source_of_model,
@@ -160,6 +161,22 @@ class TestPartsOfTheModel(unittest.TestCase):
         self.assertNotEqual([item["name"] for item in other.part("test")], names)
 
 
+class TestPartInWords(unittest.TestCase):
+    def test_how_much_of_the_data_it_is(self) -> None:
+        folder = temporary_folder(self)
+        np.savez(folder / "x.npz", images=np.zeros((50, 8, 8), np.uint8))
+        drawn, stored = open_source(str(folder / "x.npz")), open_source(image_size=8, phantom_counts=COUNTS)
+        count = len(drawn.part("test"))
+        self.assertLess(count, 25)
+        expected = f"the test part, drawn by the seed as for training: {count} of 50 images (of data"
+        self.assertIn(expected, part_in_words(drawn, "test"))
+        self.assertIn("--part all", part_in_words(drawn, "test"))
+        self.assertEqual(part_in_words(drawn, "all"), "evaluated: all 50 images")
+        self.assertIn("the val part: 4 of 14 images", part_in_words(stored, "val"))
+        with self.assertRaisesRegex(ValueError, "'tset' is no part"):
+            part_in_words(stored, "tset")
+
+
 class TestPreparationOfTheModel(unittest.TestCase):
     @parameterized.expand([(2,), (3,)])
     def test_phantoms_are_those_of_the_training(self, spatial_dims: int) -> None:
@@ -256,6 +273,12 @@ class TestImagesToClassify(unittest.TestCase):
             items = images_to_classify(str(folder / "x.npz"), model)
             self.assertEqual([item["name"] for item in items], ["test/000000", "test/000001"])
 
+    def test_data_without_parts_are_taken_whole(self) -> None:
+        folder = temporary_folder(self)
+        np.savez(folder / "new.npz", images=np.zeros((50, 8, 8), np.uint8))
+        items = images_to_classify(str(folder / "new.npz"), phantom_model())
+        self.assertEqual([item["name"] for item in items], [f"images/{n:06d}" for n in range(50)])
+
     def test_nothing_to_classify_is_refused(self) -> None:
         folder = temporary_folder(self)
         with self.assertRaisesRegex(ValueError, "holds no images"):
@@ -289,13 +312,13 @@ class TestAnnounce(unittest.TestCase):
 
 
 class TestStartModel(unittest.TestCase):
-    def test_removes_old_weights_unless_resumed(self) -> None:
+    def test_old_weights_go_before_the_description_of_others_comes(self) -> None:
         folder = temporary_folder(self)
-        for resume, stays in (("checkpoint.pt", True), (None, False)):
-            (folder / "model.pt").touch()
-            start_model(phantom_model(), folder, resume)
-            self.assertEqual((folder / "model.pt").exists(), stays)
-            self.assertEqual(ModelDescription.load(folder / "model.json"), phantom_model())
+        (folder / "model.pt").touch()
+        model_of(["a", "b", "c"]).save(folder / "model.json")
+        start_model(phantom_model(), folder)
+        self.assertFalse((folder / "model.pt").exists())
+        self.assertEqual(ModelDescription.load(folder / "model.json"), phantom_model())
 
 
 if __name__ == "__main__":

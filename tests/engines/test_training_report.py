@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from ignite.engine import Engine
+from parameterized import parameterized
 from torch import nn
 
 from monai_jointdiff.data import ImageSource, open_source
@@ -150,6 +151,15 @@ class TestReport(unittest.TestCase):
             self.assertEqual(summary[f"Frechet distance to test images: {row['images']}"], row["frechet"])
         self.assertFalse((run.output / "metrics.json").exists())
         self.assertEqual(ModelDescription.load(run.models / "model.json").decision.temperature, 1.0)
+
+    @parameterized.expand([(True,), (False,)])
+    def test_bar_of_the_samples_can_be_left_out(self, progress: bool) -> None:
+        run = Run(self, classify=False, num_samples=6, progress=progress)
+        run.save()
+        text = io.StringIO()
+        with contextlib.redirect_stderr(text):
+            run.run()
+        self.assertEqual("generating" in text.getvalue(), progress)
 
     def test_one_sample_is_too_few_to_compare_and_no_reason_to_stop(self) -> None:
         run = Run(self, classify=False, num_samples=1)

@@ -63,6 +63,16 @@ class TestBestModel(unittest.TestCase):
         self.assertEqual(self.validate(best, values, network), expected)
         self.assertEqual((best.value, best.epoch, best.iteration), (value, expected[-1], None))
 
+    def test_keeps_the_last(self):
+        network = nn.Linear(1, 1, bias=False)
+        best = BestModel(network, self.folder, "val", keep="last")
+        self.assertEqual(self.validate(best, [0.5, 0.9, 0.4, NAN], network), [1, 2, 3, 3])
+        self.assertEqual((best.value, best.epoch), (0.4, 3))
+        with self.assertRaisesRegex(ValueError, "keep must be one of best, last, got 'first'"):
+            BestModel(network, self.folder, "val", keep="first")
+        with self.assertRaisesRegex(ValueError, "EarlyStop: where the last weights are kept"):
+            EarlyStop(best, patience=2)
+
     def test_average(self):
         average = ExponentialMovingAverage(nn.Linear(1, 1, bias=False))
         average.iteration = 40
@@ -90,6 +100,28 @@ class TestBestModel(unittest.TestCase):
         self.assertIsNone(best.value)
         self.assertFalse(best.path.exists())
 
+    def test_file_of_an_earlier_run_stays_until_there_are_weights(self):
+        self.folder.mkdir()
+        file = self.folder / "model.pt"
+        torch.save({"weight": 99.0}, file)
+        network, seen = nn.Linear(1, 1, bias=False), []
+        best = BestModel(network, self.folder, "val", before_first=lambda: seen.append(file.read_bytes()))
+        earlier = file.read_bytes()
+        self.assertEqual(self.validate(best, [NAN, NAN], network), [99, 99])
+        best.load_state_dict(best.state_dict())  # of a checkpoint without weights
+        self.assertEqual((file.read_bytes(), seen), (earlier, []))
+        self.assertEqual(self.validate(best, [0.5, 0.9, 0.7], network), [1, 2, 2])
+        self.assertEqual(seen, [earlier])  # before the first, and once
+
+    def test_resumed_run_makes_room_before_it_brings_its_file_back(self):
+        network, called = nn.Linear(1, 1, bias=False), []
+        best = BestModel(network, self.folder, "val")
+        self.validate(best, [0.5], network)
+        resumed = BestModel(network, self.folder, "val", before_first=lambda: called.append(best.path.unlink()))
+        resumed.load_state_dict(best.state_dict())
+        self.assertEqual(len(called), 1)
+        self.assertEqual(float(torch.load(best.path, weights_only=True)["weight"]), 1)
+
     def test_sweeps(self):
         self.folder.mkdir()
         partial = self.folder / ".model.pt.123.partial"
@@ -100,7 +132,7 @@ class TestBestModel(unittest.TestCase):
 
     def test_only_rank_0_writes(self):
         network = nn.Linear(1, 1, bias=False)
-        best = BestModel(network, self.folder, "val")
+        best = BestModel(network, self.folder, "val", before_first=mock.Mock(side_effect=AssertionError))
         with mock.patch("monai_jointdiff.handlers.best_model.is_writing_process", return_value=False):
             self.validate(best, [0.5], network)
         self.assertEqual(best.value, 0.5)  # but all remember: early stopping must agree

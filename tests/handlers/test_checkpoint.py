@@ -259,6 +259,19 @@ class TestWrongInput(unittest.TestCase):
         self.assert_refused("other options: epoch_length was 4, is 5", epoch_length=5)
         self.assert_refused("best was True, is False; ema was True, is False", with_parts=False)
 
+    def test_entries_of_dictionaries_are_named(self):
+        options = {"seed": 1, "network": {"channels": [8, 16], "head": {"dropout": 0.0, "hidden": 4}}}
+        folder = self.folder / "nested"
+        Toy(folder, options=options).run()
+        file = folder / "checkpoint_00000012.pt"
+        Toy(folder, options=options, resume=file).run()
+        for other, message in (
+            ({"channels": [8, 16], "head": {"dropout": 0.2, "hidden": 4}}, "network.head.dropout was 0.0, is 0.2."),
+            ({"channels": [8, 32], "head": {"dropout": 0.0, "hidden": 4}}, r"network.channels was \[8, 16\], is"),
+            ({"channels": [8, 16]}, "network.head.dropout was 0.0, is None; network.head.hidden was 4, is None"),
+        ):
+            self.assert_refused(f"other options: {message}", options={"seed": 1, "network": other}, resume=file)
+
     def test_unreadable(self):
         self.file.write_bytes(self.file.read_bytes()[:100])
         self.assert_refused("cannot read .*checkpoint_00000012.pt")

@@ -34,6 +34,7 @@ from torch import nn
 from monai_jointdiff.data import ImagePreprocessing, read_image
 from monai_jointdiff.handlers import CounterfactualImages, CounterfactualWriter, read_counterfactual_records
 from monai_jointdiff.inferers import CounterfactualInferer, CounterfactualResult
+from monai_jointdiff.metrics import counterfactual_figures
 from monai_jointdiff.schedulers import make_scheduler
 from monai_jointdiff.visualize import CounterfactualCase, counterfactual_panel, save_png
 from tests.bundles.runs import temporary_folder
@@ -51,21 +52,30 @@ def setUpModule() -> None:
     use_one_thread()
 
 
+PANEL = "monai_jointdiff.handlers.counterfactual.counterfactual_panel"
+TARGET_FILES = ("counterfactual.png", "difference.png", "record.json")
+
+
+def blank(cases: Any, channel_names: Any) -> np.ndarray:
+    """In the place of the real panel, which takes its time."""
+    return np.zeros((2, 2, 3), np.uint8)
+
+
 def write(
     output: Path,
-    result: CounterfactualResult,
+    result: CounterfactualResult | tuple[CounterfactualResult, ...],
     names: list[str],
     *,
     repeat: int = 1,
     more: Any = None,
-    panel: Any = lambda case, channel_names: np.zeros((2, 2, 3), np.uint8),  # the real one takes its time
+    panel: Any = blank,
     **options: Any,
 ) -> CounterfactualWriter:
     """Run an engine that makes this result, as the evaluator does."""
     engine = Engine(lambda engine, batch: {"pred": result})
     writer = CounterfactualWriter(output, **{"class_names": NAMES, **options})
     writer.attach(engine)
-    with mock.patch("monai_jointdiff.handlers.counterfactual.counterfactual_panel", panel):
+    with mock.patch(PANEL, panel):
         engine.run([{"name": names, **(more or {})}], max_epochs=repeat)
     return writer
 
@@ -192,7 +202,8 @@ class TestTableAndPage(unittest.TestCase):
         )
         write(self.folder, result, ["a.png", "b.png"], more={"label": torch.tensor([0, -1])})
         one, two = rows(self.folder / "counterfactuals.csv")
-        words = {"image": "a.png", "label": "normal", "prediction": "normal", "target": "effusion", "reached": "True"}
+        words = {"image": "a.png", "label": "normal", "prediction": "normal", "target": "effusion"}
+        words |= {"reached": "True", "already": "False"}
         self.assertEqual({key: one[key] for key in words}, words)
         self.assertEqual((two["label"], two["prediction"], two["target"]), ("", "effusion", "normal"))
         numbers = {
@@ -231,9 +242,93 @@ class TestTableAndPage(unittest.TestCase):
         for label, expected in (([1.0, 1.0], "normal, effusion"), ([0.0, 0.0], "none"), ([-1.0, -1.0], None)):
             more = {"label": torch.tensor([label]), "mask": mask}
             writer = write(self.folder, result, ["a"], multi_label=True, more=more)
-            self.assertEqual(writer.cases[0].label, expected)
-            self.assertTrue(writer.cases[0].tiles.has_finding)
-            self.assertEqual(writer.cases[0].wanted, "effusion: no")
+            self.assertEqual(writer.cases[0][0].label, expected)
+            self.assertTrue(writer.cases[0][0].tiles.has_finding)
+            self.assertEqual(writer.cases[0][0].wanted, "effusion: no")
+
+
+class TestTargets(unittest.TestCase):
+    def setUp(self) -> None:
+        self.folder = temporary_folder(self)
+
+    def results(self) -> tuple[CounterfactualResult, CounterfactualResult]:
+        image, p = images(2, 1, 8, 8), [[0.7, 0.2, 0.1]]
+        one, two = (known_result(image, change, p, p, target=k) for k, change in ((1, 0.2), (2, -0.3)))
+        return one, two
+
+    def test_files_of_each_target(self) -> None:
+        names = ["normal", "Op/acity", "op_acity"]
+        write(self.folder, self.results(), ["a.png", "b.png"], class_names=names)
+        found = rows(self.folder / "counterfactuals.csv")
+        self.assertEqual([row["image"] for row in found], ["a.png", "a.png", "b.png", "b.png"])
+        self.assertEqual([row["target"] for row in found], ["Op/acity", "op_acity"] * 2)
+        case = self.folder / "cases" / "a"
+        self.assertEqual(
+            {path.relative_to(case).as_posix() for path in case.rglob("*.*")},
+            {"panel.png", "reconstruction.png"}
+            | {f"to_{name}/{file}" for name in ("Op_acity", "op_acity-2") for file in TARGET_FILES},
+        )
+        record = json.loads((case / "to_op_acity-2" / "record.json").read_text(encoding="utf-8"))
+        self.assertEqual((record["target"], record["name"], record["batch"]), (2, "a.png", ["a.png", "b.png"]))
+        shown = read_image(case / "to_op_acity-2" / "difference.png")[0].astype(float)
+        np.testing.assert_allclose(shown, (-0.15 + 1) * 127.5, atol=0.51)
+        page = check_self_contained(self, (self.folder / "index.html").read_text(encoding="utf-8"))
+        self.assertEqual(len(page.all("img")), 2 * 6)
+
+    def test_nothing_of_an_earlier_run_with_other_targets_is_left(self) -> None:
+        names = ["normal", "opacity", "effusion"]
+        write(self.folder, self.results(), ["a", "b"], class_names=names)
+        write(self.folder, self.results()[0], ["a", "b"], class_names=names)
+        found = {path.name for path in (self.folder / "cases" / "a").rglob("*.*")}
+        self.assertEqual(found, {"panel.png", "reconstruction.png", *TARGET_FILES})
+        self.assertEqual(list(self.folder.glob("cases/a/*/*")), [])
+        write(self.folder, self.results(), ["a", "b"], class_names=names)
+        self.assertFalse((self.folder / "cases" / "a" / "record.json").exists())
+
+
+def judge(images: torch.Tensor) -> torch.Tensor:
+    """Class 1 by the mean of the image."""
+    p = torch.sigmoid(10 * images.flatten(1).mean(1))
+    return torch.stack([1 - p, p], 1)
+
+
+class TestFigures(unittest.TestCase):
+    def setUp(self) -> None:
+        self.folder = temporary_folder(self)
+
+    def test_are_those_of_all_batches_together(self) -> None:
+        image = images(3, 1, 8, 8) / 9 - 0.3
+        parts = [known_result(image[:2], 0.8), known_result(image[2:], 0.1)]
+        masks = torch.zeros(3, 1, 8, 8, dtype=torch.bool)
+        masks[..., :3] = True
+        batches = [{"name": ["a", "b"], "mask": masks[:2]}, {"name": ["c"], "mask": masks[2:]}]
+        engine = Engine(lambda engine, batch: {"pred": parts[engine.state.iteration - 1]})
+        oracle = mock.Mock(side_effect=judge)
+        writer = CounterfactualWriter(self.folder, NAMES, judge=judge, oracle=oracle, oracle_id="sha256:0")
+        writer.attach(engine)
+        with mock.patch(PANEL, blank):
+            engine.run(batches)
+        written = json.loads((self.folder / "metrics.json").read_text(encoding="utf-8"))
+        whole = known_result(image, np.array([0.8, 0.8, 0.1]).reshape(3, 1, 1, 1))
+        stages = (whole.image, whole.reconstruction, whole.counterfactual)
+        expected = counterfactual_figures(*stages, 1, classify=judge, oracle=judge, masks=masks, class_names=NAMES)
+        self.assertEqual(written, {"oracle_id": "sha256:0", **json.loads(json.dumps(expected.as_dict()))})
+        self.assertAlmostEqual(written["oracle"]["flips"]["overall"]["rate"]["value"], 2 / 3)
+        self.assertGreater(oracle.call_count, 0)
+        page = check_self_contained(self, (self.folder / "index.html").read_text(encoding="utf-8"))
+        self.assertIn("by the oracle: effusion", page.text)
+
+    def test_targets_of_an_image_are_drawn_together(self) -> None:
+        result = known_result(images(2, 1, 8, 8) / 9 - 0.3, 0.8)
+        write(self.folder, (result, result), ["a", "b"], judge=judge)
+        written = json.loads((self.folder / "metrics.json").read_text(encoding="utf-8"))
+        self.assertEqual((written["count"], written["settings"]["drawn"]), (4, "groups"))
+        self.assertIsNone(written["localization"])
+        self.assertIsNone(written["oracle"])
+
+    def test_an_oracle_without_a_judge(self) -> None:
+        with self.assertRaisesRegex(ValueError, "an oracle stands beside a judge, the model itself; got none"):
+            CounterfactualWriter(self.folder, NAMES, oracle=judge)
 
 
 class TestRecords(unittest.TestCase):
@@ -266,9 +361,9 @@ class TestRecords(unittest.TestCase):
         region = np.ones((1, 1, 8, 8), dtype=bool)
         write(folder / "two", known_result(images(1, 1, 8, 8), 0.1, region=region), ["a"])
         files = [folder / name / "cases" / "a" / "record.json" for name in ("one", "two")]
-        with self.assertRaisesRegex(ValueError, "got 2 that differ in confined"):
+        with self.assertRaisesRegex(ValueError, "records that differ in confined"):
             read_counterfactual_records(files)
-        with self.assertRaisesRegex(ValueError, "at least one file expected"):
+        with self.assertRaisesRegex(ValueError, "records of at least one image expected"):
             read_counterfactual_records([])
 
 

@@ -94,6 +94,24 @@ class TestCollector(unittest.TestCase):
         self.assertIsNone(seen[0].result.evidence)
         self.assertAlmostEqual(seen[0].result.seconds, sum(result.seconds for result in results))
 
+    def test_profiles_are_taken_of_the_images_of_the_evaluator(self) -> None:
+        inputs, network, results = images(5), torch.nn.Identity(), [classify(images(3)), classify(images(2))]
+        asked: list[Any] = []
+
+        def profile(batch: torch.Tensor, asked_network: Any) -> torch.Tensor:
+            asked.append(asked_network)
+            return batch.flatten(1)[:, :2].double()
+
+        collector = DiffusionPredictionCollector(profile=profile)  # type: ignore[arg-type]
+        outputs = iter([{"pred": results[0], "image": inputs[:3]}, {"pred": results[1], "image": inputs[3:]}])
+        engine = Engine(lambda engine, batch: next(outputs))
+        engine.network = network  # type: ignore[attr-defined]
+        collector.attach(engine)
+        engine.run([{"name": ["a", "b", "c"]}, {"name": ["d", "e"]}])
+        assert collector.predictions is not None and collector.predictions.profiles is not None
+        torch.testing.assert_close(collector.predictions.profiles, inputs.flatten(1)[:, :2].double())
+        self.assertTrue(all(each is network for each in asked))
+
     def test_starts_afresh_and_does_without_labels(self) -> None:
         collector = DiffusionPredictionCollector()
         results = [classify(images(2))]
@@ -101,6 +119,7 @@ class TestCollector(unittest.TestCase):
             run(collector, [{"name": ["x", "y"]}], results)
         assert collector.predictions is not None
         self.assertEqual((collector.predictions.names, collector.predictions.labels.tolist()), (["x", "y"], [-1, -1]))
+        self.assertIsNone(collector.predictions.profiles)
 
     def test_result_keeps_its_properties(self) -> None:
         one, two = classify(images(2)), classify(images(3), seed=7)

@@ -111,6 +111,17 @@ class TestCollector(unittest.TestCase):
         assert collector.predictions is not None
         self.assertEqual(collector.predictions.labels.tolist(), [-1] * 5)
 
+    def test_patients_of_the_last_run_where_one_is_known(self) -> None:
+        data = batches([2, 2])
+        collector = PredictionCollector()
+        collect(collector, data, nn.Identity())
+        assert collector.predictions is not None
+        self.assertIsNone(collector.predictions.patients)
+        for batch, patients in zip(data, (["p", ""], ["p", "q"]), strict=True):
+            batch["patient"] = patients
+        collect(collector, data, nn.Identity(), runs=2)
+        self.assertEqual(collector.predictions.patients, ["p", "", "p", "q"])
+
     def test_consumers_are_called_once_each_in_turn(self) -> None:
         seen: list[tuple[str, Any]] = []
         collector = PredictionCollector([lambda p: seen.append(("one", p)), lambda p: seen.append(("two", p))])
@@ -127,9 +138,24 @@ class TestLabelled(unittest.TestCase):
         self.assertEqual(found.labels.tolist(), [1, 0])
         self.assertEqual(found.logits.tolist(), [[0.0, 1.0], [4.0, 5.0]])
 
+    def test_keeps_the_patients_of_its_images(self) -> None:
+        given = Predictions(["a", "b", "c"], np.zeros((3, 2)), np.array([1, -1, 0]), ["p", "p", "q"])
+        self.assertEqual(given.labelled().patients, ["p", "q"])
+        self.assertIsNone(given.labelled().groups)
+
     def test_several_labels_need_one_known_entry(self) -> None:
         given = Predictions(["a", "b"], np.zeros((2, 2)), np.array([[-1, -1], [-1, 0]]))
         self.assertEqual(given.labelled(True).names, ["b"])
+
+
+class TestGroups(unittest.TestCase):
+    def test_patients_and_images_without_one(self) -> None:
+        given = Predictions(list("abcd"), np.zeros((4, 2)), np.zeros(4, int), ["0", "", "0", ""])
+        self.assertEqual(given.groups, ["patient 0", "image 1", "patient 0", "image 3"])
+
+    @parameterized.expand([(None,), (["", "", ""],), (["p", "", "q"],)])
+    def test_none_where_no_two_images_belong_together(self, patients: list[str] | None) -> None:
+        self.assertIsNone(Predictions(list("abc"), np.zeros((3, 2)), np.zeros(3, int), patients).groups)
 
 
 if __name__ == "__main__":

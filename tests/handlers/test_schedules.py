@@ -19,8 +19,8 @@ from ignite.engine import Engine, Events
 from parameterized import parameterized
 from torch import nn
 
-from monai_jointdiff.handlers import LearningRateSchedule, WeightSchedule
-from monai_jointdiff.losses import JointDiffusionLoss
+from monai_jointdiff.handlers import LearningRateSchedule, UnlabelledWeightSchedule, WeightSchedule
+from monai_jointdiff.losses import JointDiffusionLoss, SemiSupervisedLoss
 
 
 def two_groups() -> torch.optim.Optimizer:
@@ -102,6 +102,42 @@ class TestWeightSchedule(unittest.TestCase):
     def test_wrong_input(self, name, value):
         with self.assertRaisesRegex(ValueError, f"WeightSchedule: {name} must be >= "):
             WeightSchedule(JointDiffusionLoss(), **{"weight": 1.0, name: value})
+
+    def test_a_start_beyond_the_run_is_refused(self):
+        loss, seen = JointDiffusionLoss(), []
+
+        def run(start: int) -> None:
+            engine = Engine(lambda engine, batch: seen.append(loss.classification_weight))
+            WeightSchedule(loss, 2.0, start).attach(engine)
+            engine.run(range(4), max_epochs=2)
+
+        message = r"WeightSchedule: start is 8, and the training ends after iteration 8: .*--classification_start"
+        with self.assertRaisesRegex(ValueError, message):
+            run(start=8)
+        self.assertEqual(seen, [])
+        run(start=7)
+        self.assertEqual(seen, [0.0] * 7 + [2.0])
+
+
+class TestUnlabelledWeightSchedule(unittest.TestCase):
+    @parameterized.expand(
+        [
+            (0, [3.0] * 6),
+            (4, [3 * math.exp(-x) for x in (5, 5 * 9 / 16, 5 / 4, 5 / 16, 0, 0)]),
+            (10, [3 * math.exp(-5 * (1 - i / 10) ** 2) for i in range(6)]),
+        ]
+    )
+    def test_values_of_a_run(self, ramp, expected):
+        loss, seen = SemiSupervisedLoss(), []
+        engine = Engine(lambda engine, batch: seen.append(loss.unlabelled_weight))
+        UnlabelledWeightSchedule(loss, 3.0, ramp).attach(engine)
+        engine.run(range(3), max_epochs=2)
+        torch.testing.assert_close(seen, expected, rtol=1e-12, atol=0)
+
+    @parameterized.expand([("weight", -1), ("weight", float("nan")), ("ramp", -2)])
+    def test_wrong_input(self, name, value):
+        with self.assertRaisesRegex(ValueError, f"UnlabelledWeightSchedule: {name} must be >= 0, got"):
+            UnlabelledWeightSchedule(SemiSupervisedLoss(), **{"weight": 1.0, name: value})
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import torch
 from parameterized import parameterized
 from torch import nn
 
-from monai_jointdiff.inferers import DiffusionClassifierInferer, NoiseDraws, aggregate, count_votes
+from monai_jointdiff.inferers import DiffusionClassifierInferer, NoiseDraws, aggregate, count_votes, replay
 from monai_jointdiff.inferers.diffusion_classifier import smallest_set
 from monai_jointdiff.schedulers import DDIMGridScheduler
 from tests.inferers.utils import Recorder, tiny_unet
@@ -123,24 +123,6 @@ class TestStopping(unittest.TestCase):
         self.assertEqual(short.network_calls.tolist(), made.flatten(1).sum(1).double().tolist())
         self.assertTrue(torch.equal(short.decided, short.num_draws < 101))
 
-    def test_decisions_can_be_had_from_recorded_errors(self):
-        """What is measured on stored errors is what the inferer does."""
-        net, x = tiny_unet(), images()
-        inferer = DiffusionClassifierInferer(SCHEDULER, 31, error_rate=0.2, min_draws=3)
-        errors = DiffusionClassifierInferer(SCHEDULER, 31)(x, net).draw_errors
-        replayed = torch.full_like(errors, torch.nan)
-        running, made = torch.ones(errors.shape[:2], dtype=torch.bool), 0
-        for look in inferer.looks():
-            running &= running.sum(dim=1, keepdim=True) > 1
-            replayed[:, :, made:look] = torch.where(running[..., None], errors[:, :, made:look], torch.nan)
-            made = look
-            active = running.any(dim=1)
-            if not bool(active.any()):
-                break
-            running[active] &= inferer.still_running(replayed[active][:, :, :made])
-        self.assertTrue(bool(replayed.isnan().any()))  # something was stopped
-        torch.testing.assert_close(inferer(x, net).draw_errors, replayed, equal_nan=True, rtol=1e-4, atol=1e-4)
-
     def test_a_vote_keeps_all_classes_until_the_end(self):
         """Shares .45, .35, .20, and who prefers the third prefers the second to the first: no run-off is asked for.
 
@@ -178,7 +160,131 @@ class TestStopping(unittest.TestCase):
         self.assertEqual(staged.prediction.tolist(), expected.tolist())
 
 
+class TestReplay(unittest.TestCase):
+    """What is read off recorded errors is what the inferer does."""
+
+    @parameterized.expand(
+        [
+            ("majority", {"error_rate": 0.2, "min_draws": 3}),
+            ("mean", {"error_rate": 0.2, "min_draws": 3}),
+            ("mean", {"stages": [(4, 2)]}),
+            ("majority", {"head": "nominate", "trust": 0.6, "error_rate": 0.2}),
+            ("mean", {"head": "prior", "temperature": 30.0, "head_temperature": 2.0}),
+        ]
+    )
+    def test_equals_a_run(self, rule, options):
+        net, x = tiny_unet(), images()
+        inferer = DiffusionClassifierInferer(SCHEDULER, 31, rule=rule, **options)
+        recorded = DiffusionClassifierInferer(SCHEDULER, 31)(x, net).draw_errors
+        with torch.no_grad():
+            head = net.eval()(x)
+        expected, found = inferer(x, net), replay(recorded, inferer, head)
+        if "prior" not in options.values():
+            self.assertTrue(bool(expected.draw_errors.isnan().any()))  # something was stopped
+        for name in ("prediction", "num_draws", "network_calls", "decided"):
+            self.assertEqual(getattr(found, name).tolist(), getattr(expected, name).tolist(), name)
+        for name in ("draw_errors", "probabilities", "logits"):
+            one, other = getattr(found, name), getattr(expected, name)
+            torch.testing.assert_close(one, other, equal_nan=True, rtol=1e-4, atol=1e-4)
+
+    def test_several_labels(self):
+        net, x = tiny_unet(multi_label=True, num_classes=2), images()
+        inferer = DiffusionClassifierInferer(SCHEDULER, 15, error_rate=0.3, min_draws=2)
+        recorded = DiffusionClassifierInferer(SCHEDULER, 15)(x, net).draw_errors
+        expected, found = inferer(x, net), replay(recorded, inferer)
+        torch.testing.assert_close(found.draw_errors, expected.draw_errors, equal_nan=True, rtol=1e-4, atol=1e-4)
+        self.assertEqual(found.network_calls.tolist(), expected.network_calls.tolist())
+
+    def test_the_first_draws_count(self):
+        errors = torch.rand(5, 2, 9, generator=torch.Generator().manual_seed(0))
+        found = replay(errors, DiffusionClassifierInferer(SCHEDULER, 4))
+        self.assertTrue(torch.equal(found.draw_errors, errors[:, :, :4]))
+        self.assertEqual(found.votes.tolist(), count_votes(errors[:, :, :4]).tolist())
+
+    @parameterized.expand(
+        [
+            (torch.ones(3, 4), {}, r"draw_errors must have shape.*got \(3, 4\)"),
+            (torch.ones(3, 2, 3, 4), {}, "draw_errors must have shape"),
+            (torch.ones(3, 2, 3), {}, "3 draws were recorded, the inferer makes 4"),
+            (torch.ones(3, 2, 4), {"head": "prior"}, r"head='prior' needs head_logits of shape \(3, 2\), got None"),
+            (torch.full((3, 2, 4), torch.nan), {}, r"images \[0, 1, 2\] of the batch are not finite"),
+        ]
+    )
+    def test_wrong_input(self, errors, options, message):
+        with self.assertRaisesRegex(ValueError, message):
+            replay(errors, DiffusionClassifierInferer(SCHEDULER, 4, **options))
+
+
+class TestCalibrated(unittest.TestCase):
+    def test_shares_with_one_vote_more(self):
+        result = DiffusionClassifierInferer(SCHEDULER, 7)(images(), tiny_unet())
+        shares = (result.votes + 1) / 10
+        torch.testing.assert_close(result.calibrated(1.0), shares)
+        powers = shares**0.5
+        torch.testing.assert_close(result.calibrated(2.0), powers / powers.sum(dim=1, keepdim=True))
+
+    def test_mean_is_the_softmax_of_the_errors(self):
+        result = DiffusionClassifierInferer(SCHEDULER, 7, rule="mean", temperature=2.0)(images(), tiny_unet())
+        torch.testing.assert_close(result.calibrated(1.0), result.probabilities)
+        torch.testing.assert_close(result.calibrated(15.0), (-result.errors / 30).softmax(dim=1))
+
+    def test_a_class_that_was_dropped_is_compared_on_its_draws(self):
+        errors = torch.tensor([[[1.0, 1.0, 1.0], [3.0, 5.0, torch.nan], [1.5, 2.5, 3.5]]])
+        inferer = DiffusionClassifierInferer(SCHEDULER, 3, rule="mean", stages=[(2, 2)])
+        result = replay(errors.nan_to_num(nan=0.0), inferer)  # which would win, were it looked at
+        torch.testing.assert_close(result.logits, torch.tensor([[0.0, -3.0, -1.5]]).double())
+
+    def test_classes_left_out_by_the_head_keep_its_probability(self):
+        net = TwoMeans((-0.2, 0.2, 0.0))
+        net.head = torch.tensor([0.45, 0.5, 0.05]).log()
+        result = DiffusionClassifierInferer(SCHEDULER, 9, head="nominate", trust=0.9)(between(6), net)
+        found = result.calibrated(3.0)
+        torch.testing.assert_close(found[:, 2], torch.full((6,), 0.05).double())
+        powers = ((result.votes[:, :2] + 1) / 11) ** (1 / 3)
+        torch.testing.assert_close(found[:, :2], 0.95 * powers / powers.sum(dim=1, keepdim=True))
+        alone = DiffusionClassifierInferer(SCHEDULER, 9, head="nominate", trust=0.4)(between(6), net)
+        torch.testing.assert_close(alone.calibrated(3.0), alone.head_probabilities)
+
+    @parameterized.expand([("ignore", "majority"), ("prior", "majority"), ("prior", "mean"), ("nominate", "mean")])
+    def test_answers_stay_and_rows_sum_to_one(self, head, rule):
+        net = TwoMeans((-0.2, 0.2, 0.0))
+        net.head = torch.tensor([0.3, 0.4, 0.3]).log()
+        result = DiffusionClassifierInferer(SCHEDULER, 15, rule=rule, head=head, trust=0.6)(between(20), net)
+        for temperature in (0.3, 10.0):
+            found = result.calibrated(temperature)
+            torch.testing.assert_close(found.sum(dim=1), torch.ones(20).double())
+            clear = found.sort(dim=1, descending=True).values
+            clear = clear[:, 0] > clear[:, 1] + 1e-9  # equal votes: the mean error decides
+            self.assertTrue(torch.equal(found.argmax(dim=1)[clear], result.prediction[clear]))
+
+    def test_several_labels(self):
+        inferer = DiffusionClassifierInferer(SCHEDULER, 5, head="nominate", trust=0.5 + 1e-9)
+        result = inferer(images(), tiny_unet(multi_label=True, num_classes=2))
+        self.assertEqual(tuple(result.logits.shape), (4, 2, 2))
+        torch.testing.assert_close(result.calibrated(2.0), result.head_probabilities)  # which answered alone
+        drawn = DiffusionClassifierInferer(SCHEDULER, 5)(images(), tiny_unet(multi_label=True, num_classes=2))
+        torch.testing.assert_close(drawn.calibrated(1.0), (drawn.votes + 1) / 7)
+
+    def test_wrong_temperature(self):
+        result = DiffusionClassifierInferer(SCHEDULER, 2)(images(), tiny_unet())
+        with self.assertRaisesRegex(ValueError, "temperature must be positive, got 0"):
+            result.calibrated(0)
+
+
 class TestHead(unittest.TestCase):
+    def test_its_temperature(self):
+        """The head's probabilities are what its logits divided by the temperature give, wherever they are used."""
+        net, x = TwoMeans((-0.2, 0.2)), between(10)
+        net.head = torch.tensor([0.0, 4.0])
+        warm = {"head_temperature": 4.0}
+        expected = torch.tensor([0.0, 1.0]).double().softmax(dim=0)
+        nominated = DiffusionClassifierInferer(SCHEDULER, 5, head="nominate", trust=0.9, **warm)(x, net)
+        self.assertEqual(nominated.num_draws.tolist(), [5] * 10)  # .98 without the temperature, which answers alone
+        torch.testing.assert_close(nominated.head_probabilities, expected.expand(10, 2))
+        both = DiffusionClassifierInferer(SCHEDULER, 5, head="prior", **warm)(x, net)
+        product = (both.votes + 1) * expected
+        torch.testing.assert_close(both.probabilities, product / product.sum(dim=1, keepdim=True))
+
     def test_smallest_set(self):
         p = torch.tensor([[0.7, 0.2, 0.1], [0.05, 0.05, 0.9], [0.4, 0.35, 0.25]])
         sets = [[True, True, False], [False, False, True], [True, True, True]]
@@ -202,7 +308,9 @@ class TestHead(unittest.TestCase):
         self.assertEqual(result.network_calls.tolist(), [1.0] * 4)
         self.assertTrue(bool(result.decided.all()))
         torch.testing.assert_close(result.probabilities[0].float(), torch.tensor([0.001, 0.999]))
-        self.assertEqual(result.vote_share.tolist(), [1.0] * 4)
+        torch.testing.assert_close(result.confidence, torch.full((4,), 0.999).double(), rtol=0, atol=1e-6)
+        for name in ("vote_share", "uncertainty"):  # there were no votes
+            self.assertTrue(bool(getattr(result, name).isnan().all()), name)
         self.assertTrue(bool(result.margin.isnan().all()))
         self.assertEqual(float(result.evidence.abs().max()), 0.0)
 
@@ -223,6 +331,7 @@ class TestUncertainty(unittest.TestCase):
         result = DiffusionClassifierInferer(SCHEDULER, 11)(between(8), TwoMeans((-0.2, 0.2)))
         p = result.votes.amax(dim=1) / 11
         torch.testing.assert_close(result.vote_share, p)
+        torch.testing.assert_close(result.confidence, p)
         torch.testing.assert_close(result.uncertainty, p * (1 - p))
         torch.testing.assert_close(result.entropy, torch.distributions.Categorical(result.probabilities).entropy())
         rows = torch.arange(8)
@@ -266,6 +375,7 @@ class TestMultiLabel(unittest.TestCase):
             "probabilities": (4, 2),
             "votes": (4, 2),
             "errors": (4, 2, 2),
+            "confidence": (4, 2),
             "num_draws": (4, 2),
             "decided": (4, 2),
             "draw_errors": (4, 2, 2, 5),
@@ -323,6 +433,7 @@ class TestWrongInput(unittest.TestCase):
             ({"num_draws": 0}, "num_draws must be at least 1, got 0"),
             ({"draws": "sobol"}, "draws must be one of .*got 'sobol'"),
             ({"rule": "median"}, "rule must be one of .*got 'median'"),
+            ({"head_temperature": 0.0}, "head_temperature must be positive, got 0.0"),
             ({"head": "follow"}, "head must be one of .*got 'follow'"),
             ({"timestep_range": (0.5, 0.5)}, "timestep_range must be"),
             ({"error_rate": 1.0}, "error_rate must lie in"),
@@ -334,6 +445,8 @@ class TestWrongInput(unittest.TestCase):
             ({"stages": [(9, 3), (5, 2)]}, "stages must be pairs"),
             ({"stages": [(5, 2), (9, 2)]}, "stages must be pairs"),
             ({"stages": [(51, 2)]}, "stages must be pairs"),
+            ({"stages": [5, 2]}, r"stages must be pairs.*got \[5, 2\]"),
+            ({"stages": "[[5, 2]]"}, "stages must be pairs"),
         ]
     )
     def test_arguments(self, arguments, message):

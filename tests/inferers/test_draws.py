@@ -14,6 +14,7 @@ from __future__ import annotations
 import unittest
 
 import torch
+from parameterized import parameterized
 
 from monai_jointdiff.inferers import NoiseDraws, stratified_timesteps
 
@@ -51,6 +52,13 @@ class TestNoiseDraws(unittest.TestCase):
         share = torch.bincount(drawn.flatten(), minlength=20)[10:] / drawn.numel()
         self.assertEqual((int(drawn.min()), int(drawn.max())), (10, 19))
         self.assertTrue(bool(((share - 0.1).abs() < 5 * (0.09 / drawn.numel()) ** 0.5).all()))
+
+    @parameterized.expand([(7,), (2**40 + 7,), (2**64 - 1,)])
+    def test_random_timesteps_are_another_stream_than_the_noise(self, seed):
+        """A CPU generator looks at the low 32 bits of its seed only: the streams must differ in those."""
+        drawn = NoiseDraws([seed], (1,), 200, 0, 999, "random").timesteps[0]
+        stream = torch.randint(0, 1000, (200,), generator=torch.Generator().manual_seed(seed))
+        self.assertLess(int((drawn == stream).sum()), 10)
 
     def test_noise_is_standard_normal_and_new_each_time(self):
         draws = NoiseDraws([0], (1, 64, 64), 2, 0, 9)

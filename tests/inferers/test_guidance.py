@@ -297,6 +297,14 @@ class TestAnyRule(unittest.TestCase):
         with self.assertRaisesRegex(TypeError, "lacks .*'head'.* got LinearJoint"):
             self.inferer.sample(self.x, LinearJoint(one_step()), guidance=RepresentationGuidance(0))
 
+    @parameterized.expand([("direct", False), ("wrapped", True)])
+    def test_representation_guidance_refuses_a_head_of_maxima(self, _: str, wrapped: bool) -> None:
+        net: nn.Module = tiny_unet(head="standardized").double()
+        net = nn.DataParallel(net) if wrapped else net
+        with self.assertRaisesRegex(ValueError, "RepresentationGuidance: .*head='mediffusion'"):
+            self.inferer.sample(self.x, net, guidance=RepresentationGuidance(0))
+        self.assertEqual(len(self.inferer.sample(self.x, net, guidance=ClassifierGuidance(0)).image), 3)
+
     def test_inference_mode(self) -> None:
         with torch.inference_mode(), self.assertRaisesRegex(RuntimeError, "needs gradients"):
             self.inferer.sample(self.x, self.net, guidance=ClassifierGuidance(0))

@@ -88,6 +88,29 @@ class TestTypicality(unittest.TestCase):
             other = usual.score(profile(gaussian(200, std, seed=3), net))
             self.assertGreater(float((other > known.quantile(0.95)).double().mean()), 0.95)
 
+    def test_held_out_threshold_flags_the_share_of_new_images(self):
+        """Few images and many levels: the quantile of the fitted images themselves flags far more than 10 %."""
+        generator = torch.Generator().manual_seed(4)
+        held_out, fitted = [], []
+        for _ in range(100):
+            known, new = torch.randn(30, 8, generator=generator), torch.randn(200, 8, generator=generator)
+            usual = Typicality.fit(known)
+            flagged = usual.score(new)
+            held_out.append(float((flagged > Typicality.held_out_threshold(known, 0.9)).double().mean()))
+            fitted.append(float((flagged > usual.threshold(known, 0.9)).double().mean()))
+        self.assertAlmostEqual(float(np.mean(held_out)), 0.1, delta=0.03)
+        self.assertGreater(float(np.mean(fitted)), 0.15)
+
+    def test_held_out_threshold_by_hand(self):
+        profiles = torch.randn(7, 2, generator=torch.Generator().manual_seed(5))
+        scores = []
+        for k in range(5):
+            others = [n for n in range(7) if n % 5 != k]
+            scores += Typicality.fit(profiles[others]).score(profiles[k::5]).tolist()
+        self.assertAlmostEqual(Typicality.held_out_threshold(profiles, 0.7), float(np.quantile(scores, 0.7)), places=12)
+        with self.assertRaisesRegex(ValueError, "needs at least 5 profiles, got 4"):
+            Typicality.held_out_threshold(profiles[:4])
+
     def test_wrong_profiles(self):
         for profiles in (torch.zeros(1, 3), torch.zeros(5), torch.full((4, 2), float("nan"))):
             with self.assertRaisesRegex(ValueError, "Typicality: needs finite profiles"):

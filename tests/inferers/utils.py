@@ -26,18 +26,19 @@ def tiny_unet(spatial_dims: int = 2, seed: int = 0, **options: Any) -> JointDiff
 
     Several channels share a norm group: with one channel each the norm would take timestep and class away.
     """
-    arguments = {"num_classes": 3, "class_conditional": True, **options}
-    net = JointDiffusionUNet(
-        spatial_dims=spatial_dims,
-        in_channels=1,
-        out_channels=1,
-        channels=(8, 8),
-        num_res_blocks=1,
-        attention_levels=(False, False),
-        norm_num_groups=2,
-        head="linear",
-        **arguments,
-    )
+    arguments = {"num_classes": 3, "class_conditional": True, "head": "linear", **options}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # the biases, too, whichever test ran before
+        net = JointDiffusionUNet(
+            spatial_dims=spatial_dims,
+            in_channels=1,
+            out_channels=1,
+            channels=(8, 8),
+            num_res_blocks=1,
+            attention_levels=(False, False),
+            norm_num_groups=2,
+            **arguments,
+        )
     generator = torch.Generator().manual_seed(seed)
     for parameter in net.parameters():
         if parameter.ndim > 1:  # weights keep the variance of their input

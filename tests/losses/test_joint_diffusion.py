@@ -64,14 +64,27 @@ class TestTerms(unittest.TestCase):
         output, targets = random_case(2, [2, -1, 0, 1, 2])
         loss = JointDiffusionLoss(class_weights=weights, label_smoothing=smoothing)
         torch_weights = None if weights is None else torch.tensor(weights, dtype=torch.float64)
+        known = targets["label"] >= 0
         expected = F.cross_entropy(
-            output.logits, targets["label"], torch_weights, ignore_index=-1, label_smoothing=smoothing
-        )
+            output.logits[known], targets["label"][known], torch_weights, label_smoothing=smoothing, reduction="none"
+        ).mean()
         torch.testing.assert_close(loss.classification(output.logits, targets["label"]), expected)
         # labels of -1 have no influence at all
-        known = targets["label"] >= 0
         only_known = loss.classification(output.logits[known], targets["label"][known])
         torch.testing.assert_close(only_known, expected)
+
+    def test_every_class_has_its_weight_however_the_batches_fall(self):
+        # twelve images in batches of two: most batches are of one class, and their mean is still the loss of all
+        labels = torch.tensor([0] * 9 + [1] * 2 + [2])
+        weights = len(labels) / (3 * torch.bincount(labels))
+        loss = JointDiffusionLoss(class_weights=weights)
+        logits = torch.zeros(12, 3, dtype=torch.float64, requires_grad=True)
+        order = torch.randperm(12, generator=torch.Generator().manual_seed(0))
+        batches = [loss.classification(logits[rows], labels[rows]) for rows in order.split(2)]
+        torch.testing.assert_close(sum(batches) / 6, loss.classification(logits, labels))
+        sum(batches).backward()
+        pull = [float(logits.grad[labels == k, k].sum()) for k in range(3)]  # of the images of each class on their own
+        torch.testing.assert_close(pull, [pull[0]] * 3)
 
     @parameterized.expand([(None, 0.0), ([0.5, 1.0, 4.0], 0.0), (None, 0.2)])
     def test_equals_binary_cross_entropy_of_known_entries(self, weights, smoothing):

@@ -44,7 +44,9 @@ class TestFitTemperature(unittest.TestCase):
 
     def test_scales_with_the_logits(self):
         logits, labels = sampled(300, 3, 1.5)
-        self.assertAlmostEqual(fit_temperature(4 * logits, labels), 4 * fit_temperature(logits, labels), places=7)
+        for scale in (1e-4, 4, 1e4):  # the last as of sums of squared errors
+            expected = scale * fit_temperature(logits, labels)
+            self.assertAlmostEqual(fit_temperature(scale * logits, labels) / expected, 1, places=7)
 
     def test_unlabelled_images_are_left_out(self):
         logits, labels = sampled(300, 3, 1.5)
@@ -69,13 +71,28 @@ class TestFitTemperature(unittest.TestCase):
 
     @parameterized.expand([("separable", [[0.0, 1.0], [1.0, 0.0]], 0.05), ("wrong", [[1.0, 0.0], [0.0, 1.0]], 20)])
     def test_no_optimum_gives_the_end_of_the_range(self, _, logits, expected):
-        with self.assertWarnsRegex(UserWarning, "beyond"):
-            self.assertEqual(fit_temperature(logits, [1, 0]), expected)
+        for scale in (1, 500):
+            with self.assertWarnsRegex(UserWarning, "beyond"):
+                self.assertEqual(fit_temperature(scale * np.array(logits), [1, 0]), scale * expected)
+
+    def test_logits_that_do_not_differ(self):
+        self.assertEqual(fit_temperature(np.full((3, 2), 7.0), [0, 1, 1]), 1.0)
+
+    def test_classes_that_were_ruled_out(self):
+        """Beside a class at minus infinity the others are as if there were no such class."""
+        logits, labels = sampled(400, 3, 2.0)
+        two = logits.copy()
+        two[:, 2] = -np.inf
+        keep = labels < 2
+        self.assertAlmostEqual(fit_temperature(two, labels), fit_temperature(logits[keep, :2], labels[keep]), places=8)
+        with self.assertRaisesRegex(ValueError, "class of every labelled image has been ruled out"):
+            fit_temperature([[0.0, -np.inf]], [1])
 
     @parameterized.expand(
         [
             ("shape", [1.0, 2.0], [0, 1], "N, K"),
             ("nan", [[np.nan, 1.0]], [0], "finite"),
+            ("infinite", [[np.inf, 1.0]], [0], "with NaN or infinity"),
             ("none", [[0.0, 1.0]], [-1], "0 known labels"),
             ("rows", [[0.0, 1.0]], [0, 1], "1 rows of logits"),
             ("range", [[0.0, 1.0]], [2], "got 2"),

@@ -25,9 +25,12 @@ from monai.utils import optional_import
 from parameterized import parameterized
 
 from monai_jointdiff.metrics import (
+    CompositionMetric,
+    CounterfactualTransitionMetric,
     CounterfactualValidityMetric,
     LocalizationMetric,
     ProximityMetric,
+    ReversibilityMetric,
     composition,
     cout,
     flip_rate,
@@ -165,6 +168,19 @@ class TestFlipRate(unittest.TestCase):
         widths = [report.overall.rate.high - report.overall.rate.low for report in (alone, grouped)]
         self.assertAlmostEqual(widths[1] / widths[0], np.sqrt(10), delta=0.4)
         self.assertIn("groups", grouped.settings["intervals"])
+
+    def test_groups_of_one_image_are_images(self):
+        before, after = two_classes(np.full(20, 0.1)), two_classes(np.full(20, 0.9))
+        target = np.full(20, 1)
+        grouped = flip_rate(before, after, target, groups=np.arange(20))
+        self.assertEqual(grouped.overall, flip_rate(before, after, target).overall)
+        self.assertLess(grouped.overall.rate.low, 0.9)  # a bootstrap of equal flips would have no width
+        p = np.full((20, 3), 0.2)
+        p[:, 0] = 0.6
+        flipped, keys = p[:, [1, 0, 2]], np.arange(20) // 2  # each image once toward class 1 and once toward 2
+        report = flip_rate(p, flipped, np.arange(20) % 2 + 1, groups=keys)
+        self.assertEqual(report.directions["1"].rate, wilson_interval(10, 10))
+        self.assertEqual(report.overall.rate.value, 0.5)
 
     def test_nothing_can_flip(self):
         report = flip_rate(two_classes([0.9, 0.8]), two_classes([0.9, 0.8]), 1)
@@ -416,6 +432,12 @@ def run(metric, batches, decollate: bool):
     return engine.run(batches).metrics["metric"]
 
 
+def bright(images: torch.Tensor) -> torch.Tensor:
+    """Probabilities (N, 2) by the mean of the image: class 1 from 0.1."""
+    p = torch.sigmoid(images.flatten(1).mean(1) * 5 - 0.5)
+    return torch.stack([1 - p, p], 1)
+
+
 def in_batches(*tensors: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
     return list(zip(*[tensor.split([5, 2, 8]) for tensor in tensors], strict=True))
 
@@ -459,6 +481,49 @@ class TestMetrics(unittest.TestCase):
             value = run(ProximityMetric(figure), in_batches(others, images), decollate)
             self.assertAlmostEqual(value, function(images, others).mean(), places=6)
 
+    @parameterized.expand([(True,), (False,)])
+    def test_gain_through_an_engine(self, decollate):
+        pairs = torch.rand(15, 2, 3, generator=torch.Generator().manual_seed(0)).softmax(2)
+        target = torch.arange(15) % 3
+        before, after = (pairs[torch.arange(15), stage, target] for stage in (0, 1))
+        value = run(CounterfactualValidityMetric("gain"), in_batches(pairs, target), decollate)
+        self.assertAlmostEqual(value, (after - before).mean().item(), places=6)
+        asked = torch.full((15, 3), -1)
+        asked[:, 1] = 0
+        value = run(CounterfactualValidityMetric("gain", multi_label=True), in_batches(pairs, asked), decollate)
+        self.assertAlmostEqual(value, (pairs[:, 0, 1] - pairs[:, 1, 1]).mean().item(), places=6)
+        with self.assertRaisesRegex(ValueError, r"pairs of probabilities \(N, 2, K\), got shape \(15, 3\)"):
+            CounterfactualValidityMetric("gain")(pairs[:, 0], target)
+
+    @parameterized.expand([((1, 6, 6), True), ((2, 4, 6, 6), False)])
+    def test_transition_through_an_engine(self, shape, decollate):
+        images, others = random_images(15, shape), random_images(15, shape, 1)
+        scores = torch.sigmoid(images.flatten(1).mean(1) * 5 - 0.5)
+        target = (scores < 0.5).long()  # what the image is not
+        pairs = torch.stack([images, others], 1)
+        metric = CounterfactualTransitionMetric(bright, steps=7, batch_size=4)
+        value = run(metric, in_batches(pairs, target), decollate)
+        self.assertAlmostEqual(value, cout(images, others, bright, target, steps=7).mean(), places=6)
+        asked = torch.full((15, 2), -1)
+        asked[:, 0] = 1
+        metric = CounterfactualTransitionMetric(bright, multi_label=True, steps=7)
+        expected = cout(images, others, bright, 0, multi_label=True, steps=7).mean()
+        self.assertAlmostEqual(run(metric, in_batches(pairs, asked), decollate), expected, places=6)
+        with self.assertRaisesRegex(ValueError, "CounterfactualTransitionMetric: predictions must be pairs of images"):
+            metric(pairs[:, :1], asked)
+
+    @parameterized.expand(SHAPES)
+    def test_axioms_through_an_engine(self, _, shape):
+        images = random_images(15, shape)
+        size = images.abs().mean().item()
+        batches = [(batch, None) for (batch,) in in_batches(images)]
+        value = run(CompositionMetric(lambda x: 0.9 * x, cycles=3), batches, False)
+        self.assertAlmostEqual(value, size * (1 - 0.9**3), places=6)
+        value = run(ReversibilityMetric(lambda x: x + 0.5, lambda x: x - 0.2), batches, False)
+        self.assertAlmostEqual(value, 0.3, places=6)
+        with self.assertRaisesRegex(ValueError, "CompositionMetric: cycles must be at least 1, got 0"):
+            CompositionMetric(lambda x: x, 0)
+
     def test_unknown_figures(self):
         for metric in (CounterfactualValidityMetric, ProximityMetric):
             with self.assertRaisesRegex(ValueError, f"{metric.__name__}: figure must be one of .*got 'psnr'"):
@@ -483,7 +548,8 @@ def measured(part: slice) -> tuple[CumulativeIterationMetric, ...]:
     masks[7] = 0
     p = images.flatten(1)[:, :2].softmax(1)
     metrics = (CounterfactualValidityMetric("probability"), ProximityMetric("l2"), LocalizationMetric("iou", 0.5))
-    pairs = ((p, torch.arange(9) % 2), (others, images), (others - images, masks))
+    metrics += (CompositionMetric(lambda x: x / 2),)
+    pairs = ((p, torch.arange(9) % 2), (others, images), (others - images, masks), (images, images))
     for metric, (first, second) in zip(metrics, pairs, strict=True):
         metric(first[part], second[part])
     return metrics

@@ -25,7 +25,9 @@ from monai.utils import optional_import
 from parameterized import parameterized
 
 from monai_jointdiff.metrics import (
+    BestThresholdMetric,
     LocalizationMetric,
+    PreservationMetric,
     best_threshold,
     change_map,
     localization_auprc,
@@ -348,6 +350,14 @@ class TestReport(unittest.TestCase):
             localization_report(maps, masks, 0.5, groups=[1, 2])
 
 
+def through_an_engine(metric, maps, masks, decollate):
+    """What the metric says of 15 images in three batches."""
+    engine = Engine(lambda _, batch: tuple(list(part) for part in batch) if decollate else batch)
+    IgniteMetricHandler(metric, save_details=False).attach(engine, "metric")
+    batches = list(zip(maps.split([1, 6, 8]), masks.split([1, 6, 8]), strict=True))
+    return engine.run(batches).metrics["metric"]
+
+
 class TestLocalizationMetric(unittest.TestCase):
     @parameterized.expand([("auprc", None), ("pointing", None), ("iou", 0.6), ("dice", 0.6)])
     def test_through_an_engine(self, figure, threshold):
@@ -355,20 +365,36 @@ class TestLocalizationMetric(unittest.TestCase):
         masks[[0, 9]] = 0
         expected = np.nanmean(FUNCTIONS[figure](maps, masks))
         for decollate in (True, False):
-            engine = Engine(lambda _, batch, split=decollate: tuple(list(part) for part in batch) if split else batch)
-            IgniteMetricHandler(LocalizationMetric(figure, threshold), save_details=False).attach(engine, "metric")
-            batches = list(zip(maps.split([1, 6, 8]), masks.split([1, 6, 8]), strict=True))
-            self.assertAlmostEqual(engine.run(batches).metrics["metric"], expected, places=12)
+            value = through_an_engine(LocalizationMetric(figure, threshold), maps, masks, decollate)
+            self.assertAlmostEqual(value, expected, places=12)
+
+    @parameterized.expand([((9, 11),), ((5, 9, 11),)])
+    def test_figures_of_all_images_through_an_engine(self, shape):
+        """Equal to those of the report, whatever the batches."""
+        maps, masks = random_pair(15, shape)
+        masks[[0, 9]] = 0
+        report = localization_report(maps, masks, 0.5, bootstrap=0)
+        expected = {
+            BestThresholdMetric: {(): report.iou_best},
+            PreservationMetric: {(name,): getattr(report, name) for name in ("inside", "outside", "ratio")},
+        }
+        for kind, figures in expected.items():
+            for arguments, figure in figures.items():
+                for decollate in (True, False):
+                    value = through_an_engine(kind(*arguments), maps, masks, decollate)
+                    self.assertAlmostEqual(value, figure.value, places=12)
 
     def test_no_mask(self):
-        metric = LocalizationMetric()
-        metric(torch.rand(2, 1, 4, 4), torch.zeros(2, 1, 4, 4))
-        self.assertTrue(np.isnan(metric.aggregate()))
+        for metric in (LocalizationMetric(), BestThresholdMetric(), PreservationMetric()):
+            metric(torch.rand(2, 1, 4, 4), torch.zeros(2, 1, 4, 4))
+            self.assertTrue(np.isnan(metric.aggregate()))
 
     def test_wrong_input(self):
         for wrong in (("iou",), ("auprc", 0.5), ("precision",), ("precision", 0.5)):
             with self.assertRaisesRegex(ValueError, "LocalizationMetric: figure must be one of"):
                 LocalizationMetric(*wrong)
+        with self.assertRaisesRegex(ValueError, "PreservationMetric: figure must be one of .*got 'around'"):
+            PreservationMetric("around")
 
 
 if __name__ == "__main__":

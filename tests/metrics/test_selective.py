@@ -284,11 +284,11 @@ class TestSelectiveReport(unittest.TestCase):
 
 class TestBrierScore(unittest.TestCase):
     @unittest.skipUnless(has_sklearn, "scikit-learn is the oracle")
-    def test_twice_the_binary_score_of_scikit_learn(self):
+    def test_binary_is_the_score_of_scikit_learn(self):
         p, y = predictions(100, 2)
         known = np.where(np.arange(100) % 3 > 0, y, -1)
         expected = sklearn_metrics.brier_score_loss(y[known >= 0], p[known >= 0, 1])
-        self.assertAlmostEqual(brier_score(p, torch.from_numpy(known)), 2 * expected, places=12)
+        self.assertAlmostEqual(brier_score(p, torch.from_numpy(known)), expected, places=12)
         self.assertAlmostEqual(classification_report(p, known, bootstrap=0).brier.value, expected, places=12)
 
     def test_by_hand(self):
@@ -298,8 +298,9 @@ class TestBrierScore(unittest.TestCase):
         labels = np.array([[1, 0, np.nan], [-1, 0, -1], [-1, -1, -1]])
         self.assertAlmostEqual(brier_score(p, labels), (0.25 + 0.09 + 1) / 3, places=6)
 
-    def test_equals_the_classification_report(self):
-        p, y = predictions(70, 5)
+    @parameterized.expand([(2,), (5,)])
+    def test_equals_the_classification_report(self, num_classes):
+        p, y = predictions(70, num_classes)
         self.assertAlmostEqual(brier_score(p, y), classification_report(p, y, bootstrap=0).brier.value, places=12)
 
     def test_wrong_input(self):

@@ -66,7 +66,7 @@ class TestDDIMInverter(unittest.TestCase):
         image = randn(2, 1, 8, 8)
         result = DDIMInverter(scheduler, tolerance=tolerance, max_iterations=500)(image, network)
         self.assertTrue(result.converged)
-        self.assertLessEqual(result.residual, tolerance)
+        self.assertLessEqual(float(result.residual.max()), tolerance)
         back = run_chain(scheduler, network, result.latents)
         self.assertLess(float((back - image).norm() / image.norm()), 100 * tolerance)
 
@@ -78,7 +78,7 @@ class TestDDIMInverter(unittest.TestCase):
         for iterations in (1, 2, 5, 10):
             result = DDIMInverter(scheduler, tolerance=1e-15, max_iterations=iterations)(image, network)
             self.assertFalse(result.converged)
-            self.assertEqual(max(result.iterations), iterations)
+            self.assertEqual(int(result.iterations.max()), iterations)
             errors.append(float((run_chain(scheduler, network, result.latents) - image).norm() / image.norm()))
         self.assertTrue(all(np.diff(errors) < 0), errors)
         self.assertGreater(errors[0], 20 * errors[-1])
@@ -98,18 +98,47 @@ class TestDDIMInverter(unittest.TestCase):
         scheduler.set_timesteps(10)
         result = DDIMInverter(scheduler, tolerance=1e-2, max_iterations=50)(randn(2, 1, 4, 4), network)
         self.assertEqual(result.network_calls, network.calls)
-        self.assertEqual(sum(result.iterations), network.calls)
-        self.assertEqual(len(result.iterations), 10)
-        self.assertLess(max(result.iterations), 50)
+        self.assertEqual(int(result.iterations.amax(0).sum()), network.calls)
+        self.assertEqual(result.iterations.shape, (2, 10))
+        self.assertLess(int(result.iterations.max()), 50)
         tighter = DDIMInverter(scheduler, tolerance=1e-6, max_iterations=50)(randn(2, 1, 4, 4), CountingNetwork())
         self.assertGreater(tighter.network_calls, result.network_calls)
+
+    @parameterized.expand([(2,), (3,)])
+    def test_samples_do_not_feel_each_other(self, spatial_dims):
+        scheduler = DDIMGridScheduler()
+        scheduler.set_timesteps(10)
+        size = torch.tensor([0.01, 1.0, 30.0]).reshape(3, *[1] * (spatial_dims + 1))  # tanh: linear, bent, constant
+        images = size * randn(3, 1, *[4] * spatial_dims)
+        inverter = DDIMInverter(scheduler, tolerance=1e-3, max_iterations=50)
+        together = inverter(images, CountingNetwork())
+        calls = []
+        for n in range(3):
+            network = CountingNetwork()
+            alone = inverter(images[n : n + 1], network)
+            calls.append(network.calls)
+            self.assertTrue(torch.equal(alone.latents[0], together.latents[n]))
+            self.assertEqual(alone.iterations[0].tolist(), together.iterations[n].tolist())
+            self.assertEqual(float(alone.residual), float(together.residual[n]))
+        self.assertEqual(len(set(calls)), 3)
+        self.assertEqual(together.iterations.sum(1).tolist(), calls)
+        self.assertGreaterEqual(together.network_calls, max(calls))
+
+    def test_a_breakdown_of_one_sample_leaves_the_others(self):
+        scheduler = DDIMGridScheduler()
+        scheduler.set_timesteps(3)
+        broken = torch.tensor([float("nan"), 1.0]).reshape(2, 1, 1, 1)
+        result = DDIMInverter(scheduler, max_iterations=200)(randn(2, 1, 4, 4), lambda x, t: 0.1 * x * broken)
+        self.assertEqual(result.residual.isnan().tolist(), [True, False])
+        self.assertLessEqual(float(result.residual[1]), 1e-4)
+        self.assertFalse(result.converged)
 
     def test_to_an_intermediate_time(self):
         scheduler, network = DDIMGridScheduler(), CountingNetwork()
         scheduler.set_grid([900, 600, 300, 150, 50, 0])
         image = randn(2, 1, 4, 4)
         result = DDIMInverter(scheduler, tolerance=1e-12, max_iterations=500)(image, network, timestep=300)
-        self.assertEqual((result.timestep, len(result.iterations)), (300, 4))
+        self.assertEqual((result.timestep, result.iterations.shape), (300, (2, 4)))
         x = result.latents
         for t in (300, 150, 50, 0):
             x, _ = scheduler.step(network(x, torch.tensor([t, t])), t, x)
@@ -133,14 +162,14 @@ class TestDDIMInverter(unittest.TestCase):
                 randn(1, 1, 4, 4), lambda x, t, late=late: x * (float("nan") if int(t[0]) >= late else 0.1)
             )
             self.assertFalse(result.converged)
-            self.assertTrue(np.isnan(result.residual))
+            self.assertTrue(bool(result.residual.isnan().all()))
 
     def test_the_result_is_frozen(self):
         scheduler = DDIMGridScheduler()
         scheduler.set_timesteps(2)
         result = DDIMInverter(scheduler)(randn(1, 1, 4, 4), CountingNetwork())
         with self.assertRaises(FrozenInstanceError):
-            result.residual = 0.0
+            result.residual = torch.zeros(1)
 
     def test_bad_arguments(self):
         with self.assertRaisesRegex(TypeError, "must be a DDIMGridScheduler, got AncestralScheduler"):

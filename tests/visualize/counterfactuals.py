@@ -32,6 +32,7 @@ def known_result(
     target: Sequence[int] | int = 1,
     enforce: bool = True,
     reached: bool = True,
+    already: bool = False,
     encoding_error: float = 0.01,
     region: Any = None,
 ) -> CounterfactualResult:
@@ -46,6 +47,7 @@ def known_result(
         target: of all, or of each.
         enforce: of all.
         reached: of all.
+        already: whether the network gave the wanted answer to all images before.
         encoding_error: the constant.
         region: bool (N, 1, *spatial).
     """
@@ -69,6 +71,9 @@ def known_result(
         probabilities_reconstruction=spread(before if between is None else between),
         probabilities_counterfactual=spread(after),
         reached=torch.full((number,), reached),
+        already=torch.full((number,), already),
+        overshoot=torch.zeros(number),
+        inversion=None,
         network_calls=120.0,
         seconds=3.0 * number,
         record=CounterfactualRecord(
@@ -80,6 +85,13 @@ def known_result(
             inversion_iterations=2,
             seeds=tuple(range(number)),
             timesteps=(300, 150, 0),
+            alphas_cumprod=(0.3, 0.7, 0.99),
+            prediction_type="v_prediction",
+            probability=0.9,
+            autocast_dtype=None,
+            scale_factor=1.0,
+            model_id=None,
+            autoencoder_id=None,
             region=region,
         ),
     )

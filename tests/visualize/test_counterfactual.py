@@ -125,6 +125,7 @@ class TestCase(unittest.TestCase):
             ("missed", {"reached": False}, ["was not reached"]),
             ("reconstruction", {"between": [[0.4, 0.6]]}, ["already change the prediction"]),
             ("encoding", {"encoding_error": 0.2}, ["more than the counterfactual does"]),
+            ("already", {"already": True, "reached": False, "encoding_error": 0.2}, ["already gives this answer"]),
         ]
     )
     def test_cautions(self, _: str, options: dict[str, Any], expected: list[str]) -> None:
@@ -132,6 +133,29 @@ class TestCase(unittest.TestCase):
         self.assertEqual(len(found), len(expected))
         for text, part in zip(found, expected, strict=True):
             self.assertIn(part, text)
+
+    def test_outcome(self) -> None:
+        for reached, already, expected in (
+            (True, False, "reached"),
+            (False, False, "missed"),
+            (True, True, "already"),
+            (False, True, "already"),
+        ):
+            found = case(images(1, 1, 8, 8), 0.1, reached=reached, already=already)
+            self.assertEqual(found.outcome, expected)
+
+    def test_targets_share_colors_and_slice(self) -> None:
+        """Of one scale, that of the largest change, and one slice, that in which all together change most."""
+        volume, one, two = images(1, 1, 5, 8, 6), np.zeros((5, 8, 6)), np.zeros((5, 8, 6))
+        one[1, 2], one[3, 2] = 0.3, 0.2
+        two[3, 4] = -0.6
+        results = [known_result(volume, change, target=k) for k, change in ((1, one), (0, two))]
+        cases = CounterfactualCase.of_targets(results, 0, ["a", "b"], name="v")
+        self.assertEqual([shown.wanted for shown in cases], ["b", "a"])
+        self.assertEqual({shown.tiles.slice_index for shown in cases}, {3})
+        for shown in cases:
+            self.assertAlmostEqual(shown.tiles.limit, 0.6, places=6)
+        self.assertEqual(CounterfactualCase.of(results[0], 0).tiles.slice_index, 1)
 
     def test_scale_ends_at_the_largest_change_but_not_at_noise(self) -> None:
         change = np.zeros((8, 8))
@@ -230,6 +254,32 @@ class TestPanel(unittest.TestCase):
         figure, _ = self.drawn(case(images(1, 1, 4, 8, 8), 0.1, reached=False))
         self.assertIn("not reached", figure.get_suptitle())
         self.assertIn("(slice 1 of 4)", figure.get_suptitle())
+
+    def test_a_column_for_each_target(self) -> None:
+        p = [[0.7, 0.2, 0.1]]
+        parts = ((1, 0.2, [[0.1, 0.8, 0.1]]), (2, -0.4, [[0.3, 0.5, 0.2]]))
+        results = [
+            known_result(images(1, 2, 8, 8), change, p, after, target=k, reached=k == 1) for k, change, after in parts
+        ]
+        shown = CounterfactualCase.of_targets(results, 0, ["no", "some", "much"], name="a.png", label="no")
+        figure, picture = self.drawn(shown, ["FLAIR", "T1c"])
+        self.assertEqual((picture.dtype, picture.shape[2]), (np.uint8, 3))
+        titles = [axes.get_title() for axes in figure.axes]
+        expected = ["image", "factual reconstruction", "to some\n0.20 \u2192 0.80", "change 0.200"]
+        expected += ["to much\n0.10 \u2192 0.20, not reached", "change 0.400"]
+        self.assertEqual(titles, expected)
+        first = shown[0].tiles
+        tiles = [first.image, first.reconstruction]
+        for each in shown:
+            tiles += [each.tiles.counterfactual, each.tiles.overlay]
+        for axes, tile in zip(figure.axes, tiles, strict=True):
+            np.testing.assert_array_equal(axes.images[0].get_array(), tile)
+        self.assertIn("a.png\nno, probability 0.70 (true: no)", figure.get_suptitle())
+        self.assertEqual([label.get_text() for label in figure.axes[0].get_yticklabels()], ["FLAIR", "T1c"])
+
+    def test_no_case(self) -> None:
+        with self.assertRaisesRegex(ValueError, "counterfactual_panel: at least one case expected"):
+            counterfactual_panel([])
 
     def test_names_channels(self) -> None:
         figure, _ = self.drawn(case(images(1, 2, 8, 8), 0.1), ["FLAIR", "T1c"])

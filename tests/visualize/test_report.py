@@ -20,8 +20,10 @@ from html.parser import HTMLParser
 from typing import Any
 
 import numpy as np
+import torch
 from monai.utils import optional_import
 
+from monai_jointdiff.metrics import counterfactual_figures
 from monai_jointdiff.visualize import CounterfactualCase, counterfactual_report, png_bytes
 from tests.visualize.counterfactuals import known_result
 
@@ -151,9 +153,9 @@ class TestReport(unittest.TestCase):
         names = ["normal", "effusion"]
         shown = [CounterfactualCase.of(one, n, names) for n in range(3)] + [CounterfactualCase.of(two, 0, names)]
         page = check_self_contained(self, counterfactual_report(shown))
-        self.assertIn("4 images, 3 with the requested probability reached", page.text)
-        self.assertIn("normal \u2192 effusion 3 3 0 0.10 \u2192 0.80 0.200 0.010", page.text)
-        self.assertIn("effusion \u2192 normal 1 0 1 0.20 \u2192 0.60 0.400 0.010", page.text)
+        self.assertIn("4 images, 3 of 4 with the requested probability reached", page.text)
+        self.assertIn("normal \u2192 effusion 3 0 3 0 0.10 \u2192 0.80 0.200 0.010", page.text)
+        self.assertIn("effusion \u2192 normal 1 0 0 1 0.20 \u2192 0.60 0.400 0.010", page.text)
 
     def test_doubtful_cases_are_marked(self) -> None:
         page = check_self_contained(self, counterfactual_report(cases(1, reached=False, between=[[0.3, 0.7]])))
@@ -180,9 +182,59 @@ class TestReport(unittest.TestCase):
         for part in ("slice 1 of 4", "change was allowed inside", "true finding"):
             self.assertIn(part, page.text)
 
+    def test_what_was_so_before_is_counted_apart(self) -> None:
+        asked, before = (known_result(np.zeros((1, 1, 8, 8)), 0.2, already=already) for already in (False, True))
+        cases = [CounterfactualCase.of(result) for result in (asked, before, before)]
+        page = check_self_contained(self, counterfactual_report(cases))
+        self.assertIn("3 images, 1 of 1 with the requested probability reached, 2 with the wanted answer", page.text)
+        badges = [a.get("class") for a in page.all("span") if "badge " in (a.get("class") or "")]
+        self.assertEqual(badges, ["badge reached", "badge already", "badge already"])
+        self.assertIn("0 \u2192 1 1 2 1 0 0.10 \u2192 0.80", page.text)  # cases, before, reached, marked, probability
+
+    def test_targets_stand_side_by_side(self) -> None:
+        """One card for each image, whose pictures of image and reconstruction are there once."""
+        p, image = [[0.7, 0.2, 0.1]], np.zeros((2, 1, 8, 8))
+        results = [known_result(image, change, p, [[0.1, 0.8, 0.1]], target=k) for k, change in ((1, 0.2), (2, -0.4))]
+        names = ["normal", "opacity", "effusion"]
+        cases = [CounterfactualCase.of_targets(results, n, names, name=f"{n}.png") for n in range(2)]
+        page = check_self_contained(self, counterfactual_report(cases))
+        self.assertEqual(len(page.all("img")), 2 * (2 + 2 * 2))
+        cards = [a for a in page.all("li") if a.get("class") == "case"]
+        self.assertEqual([card["data-name"] for card in cards], ["0.png", "1.png"])
+        self.assertAlmostEqual(float(cards[0]["data-change"] or 0), 0.2, places=5)  # of the nearest other answer
+        self.assertIn("2 images, 4 counterfactuals, 4 of 4 with", page.text)
+        for part in ("opacity: target reached", "counterfactual toward effusion", "normal, probability 0.70"):
+            self.assertIn(part, page.text)
+        self.assertEqual(page.text.count("\u22120.40"), 4)  # one scale of colors for both targets
+
+    def test_figures_of_the_run(self) -> None:
+        x = torch.linspace(-0.5, 0.5, 2 * 64).reshape(2, 1, 8, 8)
+
+        def judge(images: torch.Tensor) -> torch.Tensor:
+            p = images.flatten(1).mean(1).sigmoid()
+            return torch.stack([1 - p, p], 1)
+
+        masks = torch.zeros(2, 1, 8, 8)
+        masks[..., :4] = 1
+        options: dict[str, Any] = {"classify": judge, "masks": masks, "class_names": ["no", "yes"]}
+        shown = [CounterfactualCase.of(known_result(x, 0.2), n, ["no", "yes"]) for n in range(2)]
+        alone = counterfactual_figures(x, x, x + 0.9 * masks, 1, **options)
+        page = check_self_contained(self, counterfactual_report(shown, figures=alone))
+        for part in ("proves nothing", "by the model itself: yes", "pointing game", f"{alone.to_input.l1.value:.3f}"):
+            self.assertIn(part, page.text)
+        self.assertNotIn("by the oracle", page.text)
+        single = counterfactual_figures(x[:1], x[:1], x[:1] + 0.9, 1, classify=judge, class_names=["no", "yes"])
+        page = check_self_contained(self, counterfactual_report(shown, figures=single))
+        self.assertIn("encoding alone 0.000 Cases", " ".join(page.text.split()))  # one image has no spread
+        judged = counterfactual_figures(x, x, x + 0.9 * masks, 1, oracle=judge, **options)
+        page = check_self_contained(self, counterfactual_report(shown, figures=judged))
+        self.assertIn("by the oracle: yes", page.text)
+        self.assertNotIn("proves nothing", page.text)
+
     def test_no_case(self) -> None:
-        with self.assertRaisesRegex(ValueError, "at least one case expected"):
-            counterfactual_report([])
+        for cases in ([], [[]]):
+            with self.assertRaisesRegex(ValueError, "at least one case expected"):
+                counterfactual_report(cases)
 
 
 @unittest.skipUnless(has_pillow, "Pillow is not installed")

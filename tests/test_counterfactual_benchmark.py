@@ -1,0 +1,431 @@
+# Copyright (c) MONAI-JointDiff Contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import tempfile
+import unittest
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from monai.networks.schedulers import DDIMScheduler
+from parameterized import parameterized
+from scipy.ndimage import gaussian_filter
+from scipy.stats import binomtest, t
+from torch import nn
+
+from benchmarks import counterfactual, judges, localization
+from benchmarks import counterfactual_speed as speed
+from benchmarks.common import RESULTS, CellStore
+from benchmarks.render import render_table
+from monai_jointdiff.networks import JointDiffusionUNet
+
+NORMAL, PNEUMONIA = counterfactual.DIRECTIONS
+
+
+class Linear(nn.Module):
+    """Logits (0, w x): the gradient toward a class is plus or minus w everywhere, times a positive number."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, x: torch.Tensor, timesteps: torch.Tensor | None = None) -> torch.Tensor:
+        score = (self.weight * x).flatten(1).sum(1)
+        return torch.stack([torch.zeros_like(score), score], dim=1)
+
+
+def images(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+class TestControls(unittest.TestCase):
+    def test_a_change_of_the_size_asked_for(self):
+        change, l1 = images(3, 2, 5, 4), torch.tensor([0.1, 0.0, 2.0])
+        scaled = counterfactual.scaled_to(change, l1)
+        torch.testing.assert_close(scaled.abs().flatten(1).mean(1), l1)
+        torch.testing.assert_close(scaled[0] / change[0], (scaled[0, 0, 0, 0] / change[0, 0, 0, 0]).expand(2, 5, 4))
+        self.assertEqual(float(counterfactual.scaled_to(torch.zeros(1, 1, 2, 2), torch.ones(1)).abs().max()), 0)
+
+    @parameterized.expand([(0.5,), (1.7,), (4.0,)])
+    def test_gaussian_blur(self, sigma):
+        x = images(2, 2, 20, 17)
+        radius = max(1, math.ceil(3 * sigma))
+        expected = gaussian_filter(
+            x.double().numpy(), (0, 0, sigma, sigma), mode="nearest", radius=(0, 0, radius, radius)
+        )
+        np.testing.assert_allclose(judges.gaussian_blur(x, sigma).numpy(), expected, atol=1e-5)
+
+    def test_blurred_until_it_has_changed_enough(self):
+        x, l1 = images(2, 1, 16, 16), torch.tensor([0.1, 0.3])
+        torch.testing.assert_close((counterfactual.blurred(x, l1) - x).abs().flatten(1).mean(1), l1, atol=3e-3, rtol=0)
+        far = counterfactual.blurred(x, torch.full((2,), 9.0))
+        torch.testing.assert_close(far, judges.gaussian_blur(x, 8.0))
+        flat = torch.full((1, 1, 8, 8), 0.4)
+        torch.testing.assert_close(counterfactual.blurred(flat, torch.tensor([0.1])), flat)
+
+    def test_adversarial_change_of_a_linear_classifier(self):
+        weight = torch.tensor([[2.0, -0.5], [0.0, -3.0]])[None]
+        x, l1 = images(2, 1, 2, 2), torch.tensor([0.06, 0.3])
+        changed = counterfactual.adversarial(Linear(weight), x, torch.tensor([1, 0]), l1)
+        # the pixel without weight stays; the others share the sum of the change
+        expected = weight.sign() * torch.tensor([1.0, -1.0]).reshape(2, 1, 1, 1) * l1.reshape(2, 1, 1, 1) * 4 / 3
+        torch.testing.assert_close(changed - x, expected)
+
+    def test_every_control_changes_as_much(self):
+        x, l1 = images(2, 1, 8, 8), torch.tensor([0.05, 0.1])
+        result = mock.Mock(image=x, reconstruction=x + 0.01 * images(2, 1, 8, 8, seed=1))
+        found = counterfactual.controls(Linear(images(1, 8, 8, seed=2)), result, torch.tensor([1, 0]), l1)
+        self.assertEqual(set(found), {*counterfactual.NULL_CONTROLS, "adversarial"})
+        for name, versions in found.items():
+            for changed in versions:
+                with self.subTest(name=name):
+                    torch.testing.assert_close((changed - x).abs().flatten(1).mean(1), l1, atol=2e-3, rtol=0)
+        up, down = found["brightness"]
+        torch.testing.assert_close(up + down, 2 * x)
+
+
+class TestIntervals(unittest.TestCase):
+    @parameterized.expand([(0,), (1,), (50,), (84,), (100,)])
+    def test_one_seed_is_wilsons_interval(self, flips):
+        found, expected = (
+            counterfactual.share_interval([flips / 100], 100),
+            binomtest(flips, 100).proportion_ci(method="wilson"),
+        )
+        self.assertAlmostEqual(found["mean"], flips / 100)
+        self.assertAlmostEqual(found["low"], expected.low, places=9)
+        self.assertAlmostEqual(found["high"], expected.high, places=9)
+
+    def test_equal_seeds_are_more_images(self):
+        found = counterfactual.share_interval([0.9, 0.9, 0.9], 100)
+        expected = binomtest(270, 300).proportion_ci(method="wilson")
+        self.assertAlmostEqual(found["low"], expected.low, places=9)
+        self.assertEqual(found["n"], 3)
+
+    def test_spread_of_the_seeds_counts_as_fewer_images(self):
+        shares = [0.93, 0.84, 0.94]
+        mean = np.mean(shares)
+        independent = np.var(shares, ddof=1) / (mean * (1 - mean) / 100)
+        effective = 300 / independent * (1.959964 / t.ppf(0.975, 2)) ** 2
+        found = counterfactual.share_interval(shares, 100)
+        # Wilson's limits are the shares p with |mean - p| = z sqrt(p (1 - p) / n)
+        for limit in (found["low"], found["high"]):
+            self.assertAlmostEqual(abs(mean - limit), 1.959964 * math.sqrt(limit * (1 - limit) / effective), places=6)
+        self.assertLess(found["low"], binomtest(271, 300).proportion_ci(method="wilson").low)
+
+    def test_never_outside_of_a_share(self):
+        for shares in itertools.combinations_with_replacement((0.0, 0.01, 0.5, 0.99, 1.0), 3):
+            found = counterfactual.share_interval(shares, 100)
+            self.assertTrue(0 <= found["low"] <= found["mean"] <= found["high"] <= 1, (shares, found))
+
+    def test_newcombes_example(self):
+        # Newcombe 1998, table II, method 10: 56 of 70 less 48 of 80
+        first, second = counterfactual.share_interval([56 / 70], 70), counterfactual.share_interval([48 / 80], 80)
+        found = counterfactual.difference_interval(first, second)
+        self.assertAlmostEqual(found["mean"], 0.2)
+        self.assertAlmostEqual(found["low"], 0.0524, places=4)
+        self.assertAlmostEqual(found["high"], 0.3339, places=4)
+
+
+def cell(oracle: float, l1: float = 0.1, blur: float = 0.0, adversarial: float = 0.2) -> dict[str, Any]:
+    one = {"images": 100, "l1": l1, "l1 of reconstruction": 0.03, "model, ours": 1.0, "oracle, ours": oracle}
+    one |= {f"oracle, {name}": 0.0 for name in counterfactual.NULL_CONTROLS}
+    one |= {"oracle, blur": blur, "model, adversarial": 1.0, "oracle, adversarial": adversarial}
+    return {"calls per image": 43.0, NORMAL: one, PNEUMONIA: {**one, "oracle, ours": 1.0}}
+
+
+class TestTables(unittest.TestCase):
+    def test_row(self):
+        cells = [cell(0.9, l1=0.1, blur=0.2), cell(0.8, l1=0.12), cell(1.0, l1=0.11)]
+        found = counterfactual.row("searched", NORMAL, cells, worst=True)
+        self.assertAlmostEqual(found["flips, oracle"]["mean"], 0.9)
+        self.assertEqual((found["oracle, worst seed"], found["L1, worst seed"]), (0.8, 0.12))
+        self.assertAlmostEqual(found["excess over best null control"]["mean"], 0.9 - 0.2 / 3)
+        self.assertAlmostEqual(found["excess, worst seed"], 0.7)
+        self.assertEqual((found["PGD (model)"]["mean"], found["PGD (oracle)"]["n"]), (1.0, 3))
+        self.assertAlmostEqual(found["blur (oracle)"]["mean"], 0.2 / 3)
+        alone = counterfactual.row("two_networks", NORMAL, cells[:1])
+        self.assertIn("our rule", alone["method"])
+        self.assertFalse([key for key in alone if "worst" in key])
+
+    @parameterized.expand(
+        [
+            ([0.95, 0.9], True, "met \\(mean 0.925"),
+            ([0.95, 0.85], True, "MISSED by the worst seed \\(mean 0.900.*worst seed 0.850"),
+            ([0.95, 0.80], True, "MISSED \\(mean 0.875"),
+            ([0.85, 0.89], False, "met"),
+            ([0.70, 0.90], False, "MISSED by the worst seed"),
+            ([0.95, 0.90], False, "MISSED \\("),
+        ]
+    )
+    def test_verdict(self, values, larger, expected):
+        other = [1.0, 1.0] if larger else [0.0, 0.0]
+        found = counterfactual.verdict({"out": other, "back": values}, 0.9, larger)
+        self.assertRegex(found, f"^{expected}")
+        self.assertIn("back", found)
+
+    def test_verdicts_of_a_method(self):
+        model, oracle, l1, excess, adversarial = counterfactual.verdicts(
+            [cell(0.93), cell(0.84, l1=0.14, adversarial=0.5), cell(0.94)], half_distance=0.13
+        )
+        self.assertRegex(model, "at least 0.99: met")
+        self.assertRegex(
+            oracle,
+            "at least 0.90: MISSED by the worst seed .mean 0.903, normal to pneumonia.*0.840., interval 0.69 to 0.98",
+        )
+        self.assertRegex(l1, "below 0.130: MISSED by the worst seed .mean 0.113.*0.140")
+        self.assertRegex(excess, "met")
+        self.assertRegex(adversarial, "MISSED by the worst seed .*0.340")
+
+    def test_verdicts_of_the_oracle(self):
+        blur = {"figure": "flipped by blur at L1 0.132", "normal": {"mean": 0.251}, "pneumonia": {"mean": 0.01}}
+        rows = [{"figure": "test AUC", "value": 0.971}, blur]
+        auc, flips = counterfactual.oracle_verdicts(rows)
+        self.assertRegex(auc, r"met \(0.971\)")
+        self.assertRegex(flips, "MISSED by blur at L1 0.132: 0.251 of normal images.$")
+        blur["normal"]["mean"] = 0.09
+        self.assertRegex(counterfactual.oracle_verdicts(rows)[1], "met.$")
+
+    def test_results_are_those_of_the_cells(self):
+        settings = {
+            "images": counterfactual.IMAGES,
+            "epochs": counterfactual.joint_vs_single.EPOCHS,
+            "oracle epochs": counterfactual.ORACLE_EPOCHS,
+        }
+        oracle = json.loads((RESULTS / "counterfactual_oracle.json").read_text(encoding="utf-8"))
+        half = next(r["value"] for r in oracle["rows"] if r["figure"] == counterfactual.HALF_DISTANCE)
+        with tempfile.TemporaryDirectory() as folder:
+            store = CellStore("counterfactual", settings)
+            with mock.patch.object(counterfactual, "write_result") as write:
+                counterfactual.tables(store, half)
+                counterfactual.write_oracle(oracle["rows"], oracle["environment"])
+            counterfactual.draw(store, half, Path(folder) / "frontier.png")
+            self.assertGreater((Path(folder) / "frontier.png").stat().st_size, 10_000)
+        self.assertEqual(len(write.call_args_list), 3)
+        for (name, _, rows), keywords in write.call_args_list:
+            committed = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+            self.assertEqual(committed["notes"], keywords["notes"], name)
+            self.assertEqual(render_table({**committed, "rows": rows}), render_table(committed))
+            for value in (value for row in rows for value in row.values() if isinstance(value, dict)):
+                self.assertTrue(value["low"] is None or value["low"] <= value["mean"] <= value["high"])
+        shares = [v for r in committed["rows"] for v in r.values() if isinstance(v, dict)]
+        self.assertTrue(all(0 <= share["low"] and share["high"] <= 1 for share in shares))
+
+
+class TestJudges(unittest.TestCase):
+    def test_learns_what_is_bright_the_same_way_twice(self):
+        labels = torch.arange(128) % 2
+        x = 0.2 * images(128, 1, 8, 8) + (labels - 0.5).reshape(-1, 1, 1, 1)
+        first, second = (judges.train_cnn(x, labels, 2, seed=3, epochs=3) for _ in range(2))
+        with torch.no_grad():
+            self.assertGreater(float((first(x).argmax(1) == labels).double().mean()), 0.95)
+            torch.testing.assert_close(first(x), second(x))
+            features = judges.CNNFeatures(first).extract(x.numpy())
+            np.testing.assert_allclose(features, first.features(x).numpy(), rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(first.head(first.features(x)), first(x))
+
+    def test_disturbances_are_each_images_own(self):
+        torch.manual_seed(0)
+        x = images(1, 1, 12, 12).expand(16, -1, -1, -1)
+        disturbed = judges.disturb_strongly(x)
+        self.assertEqual(disturbed.shape, x.shape)
+        self.assertTrue(all(not torch.equal(disturbed[0], other) for other in disturbed[1:]))
+
+    def test_the_oracle_is_trained_once(self):
+        parts = {"train": (images(64, 1, 8, 8), torch.arange(64) % 2)}
+        with tempfile.TemporaryDirectory() as folder:
+            first = counterfactual.get_oracle(parts, Path(folder) / "new" / "oracle.pt", 1)
+            with mock.patch.object(counterfactual, "train_cnn") as train:
+                second = counterfactual.get_oracle(parts, Path(folder) / "new" / "oracle.pt", 1)
+        train.assert_not_called()
+        self.assertFalse(second.training)
+        with torch.no_grad():
+            torch.testing.assert_close(first(parts["train"][0]), second(parts["train"][0]))
+
+    def test_probabilities_are_of_what_a_screen_shows(self):
+        found = counterfactual.probabilities(
+            Linear(torch.ones(1, 1, 1)), torch.tensor([5.0, -5.0, 0.5]).reshape(3, 1, 1, 1)
+        )
+        torch.testing.assert_close(found[:, 1], torch.tensor([1.0, -1.0, 0.5]).sigmoid())
+
+
+class OfMaps(nn.Module):
+    """The last layer is a convolution without weights to learn; the logits are means of its maps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.middle_block = nn.Conv2d(1, 2, 1, bias=False)
+        self.middle_block.weight.data = torch.tensor([1.0, -1.0]).reshape(2, 1, 1, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.middle_block(x).mean(dim=(2, 3))
+
+
+class TestMapsWithoutGeneration(unittest.TestCase):
+    def test_grad_cam_is_strongest_where_the_class_is(self):
+        x = torch.zeros(2, 1, 8, 8)
+        x[:, :, 1, 2], x[:, :, 6, 5] = 1.0, -1.0
+        maps = localization.cam_maps(OfMaps(), x, torch.tensor([0, 1]))
+        # logit 0 is the mean of x and logit 1 that of -x: the weighted maps, cut at 0, are relu(x) and relu(-x)
+        first, second = torch.zeros(8, 8), torch.zeros(8, 8)
+        first[1, 2], second[6, 5] = 1, 1
+        torch.testing.assert_close(maps, torch.stack([first, second])[:, None])
+
+    def test_occlusion_falls_where_the_class_is_covered(self):
+        weight = torch.zeros(1, 16, 16)
+        weight[0, 3, 3] = 4.0
+        x = torch.full((2, 1, 16, 16), -1.0)
+        x[:, :, 3, 3] = 1.0
+        maps = localization.occlusion_maps(Linear(weight), x, torch.tensor([1, 0]))
+        self.assertEqual(maps.shape, (2, 1, 16, 16))
+        self.assertGreater(float(maps[0, 0, 3, 3]), 0)
+        self.assertLess(float(maps[0, 0, 8:, 8:].abs().max()), 1e-6)
+        self.assertAlmostEqual(float(maps[0, 0, 3, 3]), float(maps[0].max()), places=5)
+        self.assertLess(float(maps[1].abs().max()), 1e-6)  # covering it only makes class 0 more probable
+
+
+SCHEDULE = {"num_train_timesteps": 100, "schedule": "scaled_linear_beta", "beta_start": 0.0015, "beta_end": 0.0195}
+
+
+class TestRecipe(unittest.TestCase):
+    def setUp(self):
+        self.monai = DDIMScheduler(prediction_type="epsilon", clip_sample=False, **SCHEDULE)
+        self.levels = self.monai.alphas_cumprod
+
+    @parameterized.expand([(1,), (3,)])
+    def test_is_monais_scheduler_with_the_gradient_of_the_classifier(self, stride):
+        self.monai.set_timesteps(100 // stride)
+        x, target = images(2, 1, 4, 4).double(), torch.tensor([1, 0])
+        classifier = Linear(images(1, 4, 4, seed=1).double())
+        recipe = speed.Recipe(steps=4, stride=stride, scale=2.5)
+
+        def denoiser(sample: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+            self.assertFalse(torch.is_grad_enabled())  # nothing goes backward through the denoiser
+            return 0.3 * sample + 0.01 * timesteps.reshape(-1, 1, 1, 1)
+
+        found = list(speed.monai_recipe(x, target, denoiser, classifier, self.levels.double(), recipe))
+        sample, path = x, []
+        for n in range(4):
+            with torch.no_grad():
+                epsilon = denoiser(sample, torch.full((2,), n * stride))
+            sample, _ = self.monai.reversed_step(epsilon, n * stride, sample)
+            path.append(sample)
+        for n in (4, 3, 2, 1):
+            with torch.no_grad():
+                epsilon = denoiser(sample, torch.full((2,), n * stride))
+            wrong = classifier(sample).softmax(1).gather(1, 1 - target[:, None]).reshape(2, 1, 1, 1)
+            gradient = wrong * classifier.weight * torch.tensor([1.0, -1.0]).reshape(2, 1, 1, 1)  # of log p(target)
+            epsilon = epsilon - (1 - self.levels[n * stride]).sqrt() * 2.5 * gradient
+            sample, _ = self.monai.step(epsilon, n * stride, sample)
+            path.append(sample)
+        self.assertEqual(len(found), len(path))
+        for one, expected in zip(found, path, strict=True):
+            torch.testing.assert_close(one, expected, atol=1e-5, rtol=1e-5)
+
+    def test_calls(self):
+        denoiser, classifier = (
+            mock.Mock(side_effect=lambda x, t: 0 * x),
+            mock.Mock(side_effect=Linear(torch.ones(1, 2, 2))),
+        )
+        recipe = speed.Recipe(steps=5, stride=2)
+        for _ in speed.monai_recipe(images(1, 1, 2, 2), torch.tensor([1]), denoiser, classifier, self.levels, recipe):
+            pass
+        self.assertEqual(denoiser.call_count, recipe.denoiser_calls)
+        self.assertEqual(classifier.call_count, recipe.classifier_calls)
+        self.assertEqual(speed.RECIPE.steps, 200)
+        visited = [int(call.args[1]) for call in denoiser.call_args_list]
+        self.assertEqual(visited, [0, 2, 4, 6, 8, 10, 8, 6, 4, 2])
+
+    def test_the_classifier_is_tuned_and_nothing_else(self):
+        network = JointDiffusionUNet(
+            spatial_dims=2, in_channels=1, out_channels=1, num_classes=2, channels=(8, 8),
+            attention_levels=(False, False), num_res_blocks=1, norm_num_groups=4,
+        )  # fmt: skip
+        before = {name: value.clone() for name, value in network.state_dict().items()}
+        x, labels = images(40, 1, 8, 8), torch.arange(40) % 2
+        with tempfile.TemporaryDirectory() as folder:
+            cache = Path(folder) / "new" / "classifier.pt"
+            tuned = speed.get_noisy_classifier(network, x, labels, self.levels, cache, 2, 0)
+            again = speed.get_noisy_classifier(network, x, labels, self.levels, cache, 0, 0)
+        changed = {n for n, value in tuned.state_dict().items() if not torch.equal(value, before[n])}
+        self.assertTrue(
+            {name.split(".")[0] for name in changed} <= {*dict(network.named_children())} - {"up_blocks", "out"}
+        )
+        self.assertIn("conv_in", {name.split(".")[0] for name in changed})
+        for name, value in network.state_dict().items():
+            self.assertTrue(torch.equal(value, before[name]))
+            self.assertTrue(torch.equal(again.state_dict()[name], tuned.state_dict()[name]))
+        self.assertFalse(tuned.training)
+
+
+class TestInTurns(unittest.TestCase):
+    def test_pieces_in_rounds(self):
+        order: list[str] = []
+
+        def pieces(name: str) -> Any:
+            for number in itertools.count():
+                order.append(f"{name}{number}")
+                yield number
+
+        often = speed.Contender("a", 4, 1, pieces("a"))
+        seldom = speed.Contender("b", 2, 1, pieces("b"), every=2)
+        with mock.patch("builtins.print"), mock.patch("time.process_time", side_effect=itertools.count()):
+            speed.in_turns([often, seldom], 4)
+        self.assertEqual(order, ["a0", "b0", "a1", "a2", "b1", "a3"])
+        self.assertEqual((often.found, often.seconds, seldom.seconds), ([0, 1, 2, 3], 4, 2))
+
+    def test_in_pieces_it_is_the_same_loop(self):
+        steps = [torch.tensor([float(n)]) for n in range(10)]
+        found = list(speed.together(iter(steps), 10, 4))
+        self.assertEqual([float(one) for one in found], [1, 4, 6, 9])
+        loop = mock.Mock(side_effect=lambda image, target: iter([image, image + target]))
+        alone = list(speed.one_at_a_time(loop, torch.tensor([1.0, 2.0]), torch.tensor([10, 20])))
+        self.assertEqual([float(one) for one in alone], [11, 22])
+
+    def test_row(self):
+        contender = speed.Contender("a", 8, 4, iter(()), seconds=4.0)
+        x = torch.zeros(4, 1, 2, 2)
+        judged = {"oracle": torch.tensor([True, False, True, True])}
+        found = speed.row(contender, x + 0.25, x, judged, 200, 600)
+        self.assertEqual((found["seconds per image"], found["calls per image"], found["batch"]), (0.5, 600, 4))
+        self.assertEqual((found[f"oracle, {NORMAL}"]["mean"], found[f"oracle, {PNEUMONIA}"]["mean"]), (0.5, 1.0))
+        self.assertAlmostEqual(found["median L1"], 0.25)
+
+    def test_verdicts(self):
+        def line(name: str, faster: float, out: float, back: float) -> dict[str, Any]:
+            shares = {f"oracle, {d}": {"mean": v} for d, v in ((NORMAL, out), (PNEUMONIA, back))}
+            return {"method": name, "times faster": faster, **shares}
+
+        rows = [line("recipe", 1, 1.0, 0.8), line("batch", 4.9, 1.0, 0.8)]
+        ours = [line("a", 30.0, 0.8, 0.9), line("b", 12.0, 0.9, 0.8), line("c", 40.0, 1.0, 0.7)]
+        calls, validity = speed.verdicts([*rows, *ours])
+        self.assertRegex(calls, r"equal calls.*: MISSED \(4.9\).$")
+        self.assertRegex(validity, r": met \(30.0, a\), MISSED \(12.0, b\), not as valid \(c\)\.")
+        self.assertRegex(speed.verdicts([rows[0], {**rows[1], "times faster": 5.0}])[0], "met")
+
+    def test_the_result_is_that_of_the_cell(self):
+        with mock.patch.object(speed, "write_result") as write:
+            speed.tables(speed.get_store(), speed.SEED)
+        (name, title, rows), keywords = write.call_args
+        committed = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+        self.assertEqual((committed["title"], committed["notes"]), (title, keywords["notes"]))
+        self.assertEqual((committed["rows"], committed["environment"]), (rows, keywords["environment"]))
+
+
+if __name__ == "__main__":
+    unittest.main()
