@@ -64,6 +64,13 @@ TASKS = {"joint": "joint", "classifier": "classify", "denoiser": "denoise"}
 SEEDS = (0, 1, 2)
 MARGINS = {"auc": 0.005, "accuracy": 0.01, "denoising_mse": 0.03, "frechet": 0.10}  # the last two relative
 STEPS = 20  # of DPM-Solver++
+AUC, ACCURACY, MINUTES = 0.98, 0.89, 20  # targets of the joint model; the minutes of a training on 2 cores
+FIRST_RUN = (
+    "Seed 0 has been looked at before: a first run of it (commit f3ccc07: classification_weight 0.3, 12 epochs) missed "
+    "two of the five margins on the same test part, denoising_mse (+9.1 %) and frechet, CNN of the same data (+32 %). "
+    "Then the weight became 0.005 and the epochs 6, and seed 0 was measured again. Only seeds 1 and 2 were not looked "
+    "at when the weight was chosen."
+)
 
 
 def train(cell: Cell, folder: Path, epochs: int) -> float:
@@ -194,6 +201,41 @@ def comparison(store: CellStore, seeds: Sequence[int]) -> list[dict[str, Any]]:
     return rows
 
 
+def targets(store: CellStore, seeds: Sequence[int]) -> list[str]:
+    """The targets of the joint model, each with its verdict."""
+    records = [json.loads(store.path(Cell(DATA, "joint", seed)).read_text(encoding="utf-8")) for seed in seeds]
+    auc, accuracy, minutes = ([one["values"][key] for one in records] for key in ("auc", "accuracy", "minutes"))
+    threads = sorted({one["environment"]["threads"] for one in records})
+    each = ", ".join(f"{value:.1f}" for value in minutes)
+    return [
+        f"Targets of the joint model, mean over {len(seeds)} seeds. AUC at least {AUC}: "
+        f"{verdict(np.mean(auc) >= AUC)} ({np.mean(auc):.3f}). Accuracy at least {ACCURACY}: "
+        f"{verdict(np.mean(accuracy) >= ACCURACY)} ({np.mean(accuracy):.3f}).",
+        f"Target: at most {MINUTES} minutes on 2 cores: {verdict(max(minutes) <= MINUTES)} ({each} minutes on "
+        f"{' or '.join(map(str, threads))} thread(s)).",
+    ]
+
+
+def verdict(met: bool) -> str:
+    """A target met or missed, in a word."""
+    return "met" if met else "MISSED"
+
+
+def control_notes(store: CellStore, seeds: Sequence[int]) -> list[str]:
+    """What differs between the cells of different seeds: the weight of the classifiers, the CNN of the distances."""
+    weights = store.by_seed(DATA, "classifier", "classification_weight")
+    notes = []
+    if len({weights[seed] for seed in seeds}) > 1:
+        each = ", ".join(f"{weights[seed]:g} (seed {seed})" for seed in seeds)
+        notes.append(f"The classifiers do not have one classification_weight: {each}.")
+    if len(machines(store)) > 1:
+        notes.append(
+            "The CNN of the same data was trained on each machine apart, by one recipe: cells of one seed share it, "
+            "means over seeds are over several, and the floor is that of one of them."
+        )
+    return notes
+
+
 def machines(store: CellStore) -> list[str]:
     """The CPUs on which the cells were measured."""
     return sorted({str(record["environment"].get("cpu")) for record in store.records()})
@@ -219,14 +261,22 @@ def tables(store: CellStore, floor: Mapping[str, float], settings: Mapping[str, 
         f"{measured} {settings['epochs']} epochs of {settings['optimizer']}, {settings['threads']} thread(s) each.",
         "Weights by the lowest validation loss; the threshold has the best balanced accuracy on the validation part.",
         f"Distances: {settings['samples']} samples, {STEPS} steps of DPM-Solver++, against the 624 test images.",
-        "Targets of the joint model, mean over 3 seeds: AUC at least 0.980, accuracy at least 0.89.",
+        *targets(store, seeds),
+        *control_notes(store, seeds),
         f"Machines of the cells: {', '.join(machines(store))}; minutes are those of a machine shared with other work.",
     ]
     environment = json.loads(store.path(Cell(DATA, "joint", seeds[0])).read_text(encoding="utf-8"))["environment"]
     write_result("pneumonia", "PneumoniaMNIST, 28 px", rows, notes=notes, environment=environment)
     title = "One network for both tasks against one network for each"
-    notes = [measured, "Margins fixed before the first run."]
-    write_result("joint_vs_single", title, comparison(store, seeds), notes=notes, environment=environment)
+    compared = comparison(store, seeds)
+    outside = [row["figure"] for row in compared if "NO" in (row["mean within"], row["worst within"])]
+    notes = [
+        measured,
+        f"Within all margins, mean and worst seed: {verdict(not outside)}{' by ' * bool(outside)}{'; '.join(outside)}.",
+        f"The margins were fixed before the first run. {FIRST_RUN}",
+        *control_notes(store, seeds),
+    ]
+    write_result("joint_vs_single", title, compared, notes=notes, environment=environment)
 
 
 def main() -> None:
