@@ -18,7 +18,8 @@ an interrupted run loses one cell at most and a second run measures only what is
     cells = [Cell("pneumoniamnist_28", method, seed) for method in ("joint", "classifier") for seed in range(3)]
     measured = store.run_missing(cells, measure)  # measure(cell) -> {"auc": ...}
     auc = mean_interval(store.values("pneumoniamnist_28", "joint", "auc"))
-    write_result("joint_vs_single", "Joint against single task", [{"method": "joint", "AUC": auc}], notes="...")
+    target = Target("AUC of the joint model", "at least 0.98", f"{auc['mean']:.3f}", auc["mean"] >= 0.98, "3 seeds")
+    write_result("joint_vs_single", "Joint against single task", [{"method": "joint", "AUC": auc}], targets=[target])
 
 Run the scripts from the repository's root, ``python -m benchmarks.<script>``; ``python -m benchmarks.render`` then
 renders the tables of the README files.
@@ -45,6 +46,8 @@ __all__ = [
     "CellStore",
     "RESULTS",
     "ROOT",
+    "Target",
+    "counted",
     "environment_record",
     "mean_interval",
     "paired_difference",
@@ -333,6 +336,15 @@ class CellStore:
             print(f"{label}: {seconds:.0f} s", flush=True)
         return {cell: values for cell in cells if (values := self.get(cell)) is not None}
 
+    def environment(self, cell: Cell) -> dict[str, Any]:
+        """Where a cell was measured, which is not where its table is written.
+
+        Raises:
+            FileNotFoundError: when it has not been measured.
+        """
+        environment: dict[str, Any] = json.loads(self.path(cell).read_text(encoding="utf-8"))["environment"]
+        return environment
+
     def records(self) -> list[dict[str, Any]]:
         """All files of the benchmark, by name; settings are not compared."""
         return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(self.folder.glob("*.json"))]
@@ -368,11 +380,59 @@ class CellStore:
 # results
 
 
+@dataclass(frozen=True)
+class Target:
+    """One thing that was asked of a benchmark, and what came out.
+
+    Attributes:
+        figure: what is measured, in plain words that need no table beside them.
+        asked: the bound, such as ``at least 0.98``.
+        found: what was measured, such as ``0.978 [0.968, 0.988]``; empty when it was not run.
+        met: whether the figure keeps to the bound; None when it was not run.
+        about: what qualifies the figure, in a few words: images, seeds, threads.
+    """
+
+    figure: str
+    asked: str
+    found: str
+    met: bool | None
+    about: str = ""
+
+    def __post_init__(self) -> None:
+        texts = (self.figure, self.asked, self.found, self.about)
+        if not all(isinstance(text, str) for text in texts) or not isinstance(self.met, (bool, type(None))):
+            raise TypeError(f"Target: got {self}, expected text, and met to be True, False or None.")
+        if not (self.figure and self.asked):
+            raise ValueError(f"Target: got {self}, expected words for the figure and for what was asked.")
+        if bool(self.found) != (self.met is not None):
+            raise ValueError(f"Target: got {self}, expected a finding with a verdict, or neither (not run).")
+
+    @property
+    def verdict(self) -> str:
+        """``met``, ``MISSED`` or ``not run``."""
+        return "not run" if self.met is None else "met" if self.met else "MISSED"
+
+    @property
+    def details(self) -> str:
+        """What was found and what qualifies it."""
+        return "; ".join(text for text in (self.found, self.about) if text)
+
+    def sentence(self) -> str:
+        """The target as it stands below a table."""
+        return f"{self.figure}, {self.asked}: {self.verdict}{f' ({self.details})' if self.details else ''}."
+
+
+def counted(number: int, noun: str) -> str:
+    """A number with its noun in the singular or the plural: ``1 thread``, ``2 threads``."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def write_result(
     name: str,
     title: str,
     rows: Sequence[Mapping[str, Any]],
     *,
+    targets: Sequence[Target] = (),
     notes: str | Sequence[str] = (),
     digits: Mapping[str, int] | None = None,
     environment: Mapping[str, Any] | None = None,
@@ -384,7 +444,8 @@ def write_result(
         name: name of the file and of the markers in the documents.
         title: line above the table.
         rows: one mapping per row, column to value: text, number, None, or a mapping with ``mean``, ``low``, ``high``.
-        notes: sentences below the table: what was missed, what the interval is.
+        targets: what was asked for; they stand below the table and in the table of all targets.
+        notes: sentences below the targets: what the columns and intervals are, what else was found.
         digits: decimals by column where the default does not fit.
         environment: record of the measurement; None records the one of this process.
         folder: where results lie.
@@ -397,6 +458,7 @@ def write_result(
         "name": name,
         "title": title,
         "rows": [dict(row) for row in rows],
+        "targets": [asdict(target) for target in targets],
         "notes": [notes] if isinstance(notes, str) else list(notes),
         "digits": dict(digits or {}),
         "environment": dict(environment) if environment is not None else environment_record(),

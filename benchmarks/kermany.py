@@ -20,20 +20,22 @@ import argparse
 import json
 import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.common import ROOT, Cell, CellStore, train_bundle, write_result
+from benchmarks.common import ROOT, Cell, CellStore, Target, counted, train_bundle, write_result
 from benchmarks.judges import train_cnn
 from monai_jointdiff.data import open_source
 from monai_jointdiff.metrics import macro_auc
 
 DATA = "kermany_cxr_64"
 MINUTES = 17.0  # of training; reading, validation and report come on top
+AUC, PROGRAM_MINUTES = 0.99, 20  # targets: of the test part, and of the whole program
 EPOCHS = 7  # what fits into the minutes on two cores without bf16: the learning rate should reach its end
-NETWORK = {  # four levels instead of three, half the width: attention at 8 x 8 as for 32 pixels
+NETWORK = {  # four levels instead of three: attention at 8 x 8 as for 32 pixels
     "network_def#channels": [16, 32, 64, 128],
     "network_def#num_res_blocks": [1, 1, 1, 1],
     "network_def#attention_levels": [False, False, False, True],
@@ -75,6 +77,50 @@ def cnn(minutes: float, seed: int) -> dict[str, Any]:
     return {"minutes": total, "auc": macro_auc(probabilities, labels["test"]), "accuracy": accuracy}
 
 
+def targets(values: Mapping[str, Mapping[str, Any]], threads: Mapping[str, int]) -> list[Target]:
+    """What was asked of the joint model.
+
+    Args:
+        values: `minutes` and `auc` by method; a method may be missing.
+        threads: by method.
+    """
+    ours, plain = values.get("joint"), values.get("cnn")
+    if ours is None:
+        return [Target(f"joint model on {DATA}", f"test AUC at least {AUC}", "", None)]
+    minutes, auc, about = ours["minutes"], ours["auc"], f"one seed, {counted(threads['joint'], 'thread')}"
+    program = (f"minutes of the whole program on {DATA}", f"at most {PROGRAM_MINUTES}", f"{minutes:.1f}")
+    found = [
+        Target(*program, minutes <= PROGRAM_MINUTES, about),
+        Target(f"test AUC on {DATA}", f"at least {AUC}", f"{auc:.4f}", auc >= AUC, about),
+    ]
+    against = (f"test AUC on {DATA}, joint - CNN", "at least 0 in the same wall time")
+    if plain is None:
+        return [*found, Target(*against, "", None)]
+    cnn = f"the CNN had {plain['minutes']:.1f} minutes on {counted(threads['cnn'], 'thread')}"
+    return [*found, Target(*against, f"{auc - plain['auc']:+.4f}", auc >= plain["auc"], f"{about}; {cnn}")]
+
+
+def tables(store: CellStore) -> None:
+    """Write the result file from the cells there are."""
+    cells = {method: Cell(DATA, method, 0) for method in ("joint", "cnn")}
+    found = {method: values for method, cell in cells.items() if (values := store.get(cell)) is not None}
+    if not found:
+        print("not measured yet: no table")
+        return
+    environments = {method: store.environment(cells[method]) for method in found}
+    threads = {method: environment["threads"] for method, environment in environments.items()}
+    rows = [{"method": method, "threads": threads[method], **values} for method, values in found.items()]
+    write_result(
+        "kermany",
+        f"{DATA} by options alone",
+        rows,
+        targets=targets(found, threads),
+        notes="One seed.",
+        digits={"auc": 4},
+        environment=next(iter(environments.values())),
+    )
+
+
 def main() -> None:
     """Measure the missing cells and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -85,21 +131,11 @@ def main() -> None:
     minutes = 0.2 if options.quick else MINUTES
     root = {"root": options.work / "quick"} if options.quick else {}
     store = CellStore("kermany", {"minutes": minutes, "epochs": EPOCHS, "network": NETWORK}, **root)
-    cells = {method: Cell(DATA, method, 0) for method in options.methods}
+    cells = [Cell(DATA, method, 0) for method in options.methods]
     run = {"joint": lambda: joint(options.work, minutes), "cnn": lambda: cnn(minutes, 0)}
-    found = store.run_missing(cells.values(), lambda cell: run[cell.method]())
-    if options.quick:
-        return
-    threads = {r["cell"]["method"]: r["environment"]["threads"] for r in store.records()}
-    rows = [{"method": method, "threads": threads[method], **found[cell]} for method, cell in cells.items()]
-    notes = ["One seed. Target: test AUC at least 0.99, and not below the plain CNN of the same wall time."]
-    if {"joint", "cnn"} <= set(cells):
-        ours, plain = (found[cells[method]]["auc"] for method in ("joint", "cnn"))
-        notes.append(
-            f"At least 0.99: {'met' if ours >= 0.99 else 'MISSED'}. Not below the CNN: "
-            + ("met." if ours >= plain else f"MISSED, by {plain - ours:.4f}.")
-        )
-    write_result("kermany", "kermany_cxr_64 by options alone", rows, notes=notes, digits={"auc": 4})
+    store.run_missing(cells, lambda cell: run[cell.method]())
+    if not options.quick:
+        tables(store)
 
 
 if __name__ == "__main__":

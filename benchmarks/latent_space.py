@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.common import ROOT, Cell, CellStore, train_bundle, write_result
+from benchmarks.common import ROOT, Cell, CellStore, Target, train_bundle, write_result
 from benchmarks.joint_vs_single import load
 from monai_jointdiff.engines import SamplingInferer, draw_samples, space_of_model
 from monai_jointdiff.inferers import JointDiffusionInferer
@@ -131,6 +131,72 @@ def speed(work: Path, repeats: int) -> dict[str, Any]:
     return {name: BATCH / statistics.median(found) for name, found in seconds.items()}
 
 
+def compare(found: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """A row for pixels and one for latents.
+
+    Args:
+        found: values by cell; what is missing is left empty.
+    """
+    rows = []
+    for space in ("pixel", "latent"):
+        row: dict[str, Any] = {"diffusion on": "latents, 4 x 16 x 16" if space == "latent" else "pixels, 3 x 64 x 64"}
+        for name in ("training", "sampling"):
+            row[f"{name}, images/s"] = found.get("speed", {}).get(f"{space} {name}")
+        row |= {title: found.get(space, {}).get(name) for name, title in FIGURES.items()}
+        row["minutes"] = found.get(space, {}).get("minutes")
+        row |= {title: None for title in ("PSNR, dB", "SSIM")}
+        if space == "latent" and "autoencoder" in found:
+            row |= {"PSNR, dB": found["autoencoder"]["psnr"], "SSIM": found["autoencoder"]["ssim"]}
+        rows.append(row)
+    return rows
+
+
+def target(found: Mapping[str, Mapping[str, Any]]) -> Target:
+    """What was asked: the figures of both, whatever they are.
+
+    Args:
+        found: values by cell.
+    """
+    words = (f"latents against pixels, {DATA}", "images/s, reconstruction, accuracy with all labels reported")
+    missing = [name for name in CELLS if name not in found]
+    if missing:
+        return Target(*words, "", None, f"without {', '.join(missing)}")
+    speed, auc = found["speed"], "{:.3f} against {:.3f}".format(*(found[s]["auc"] for s in ("latent", "pixel")))
+    times = [f"{name} {speed[f'latent {name}'] / speed[f'pixel {name}']:.1f}" for name in ("training", "sampling")]
+    first_stage = found["autoencoder"]
+    return Target(
+        *words,
+        f"times as fast: {', '.join(times)}; PSNR {first_stage['psnr']:.1f} dB, SSIM {first_stage['ssim']:.3f}; "
+        f"macro AUC {auc}",
+        True,
+        "one seed, one thread",
+    )
+
+
+def tables(store: CellStore) -> None:
+    """Write the result file from the cells there are."""
+    cells = {name: Cell(DATA, name, 0) for name in CELLS}
+    found = {name: values for name, cell in cells.items() if (values := store.get(cell)) is not None}
+    if not found:
+        print("not measured yet: no table")
+        return
+    notes = [
+        f"One seed; {EPOCHS['pixel']} epochs, network [16, 32, 64] on both, batch {BATCH}; sampling with {STEPS} steps "
+        "of DPM-Solver++; speed per second of processor time, one thread. Training counts the encoding of images and "
+        "of the views for the head, sampling the decoding. PSNR and SSIM: "
+        f"reconstruction of test images by the autoencoder, itself trained for {EPOCHS['autoencoder']} epochs"
+        + (f" ({found['autoencoder']['minutes']:.1f} minutes)." if "autoencoder" in found else ".")
+    ]
+    write_result(
+        "latent_space",
+        "Latents against pixels, ham10000_64, all labels",
+        compare(found),
+        targets=[target(found)],
+        notes=notes,
+        environment=store.environment(cells[list(found)[-1]]),  # that of the speed
+    )
+
+
 def main() -> None:
     """Measure the missing cells and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -149,30 +215,8 @@ def main() -> None:
     }
     wanted = [Cell(DATA, name, 0) for name in CELLS if name in options.cells]
     store.run_missing(wanted, lambda cell: measures[cell.method]())
-    found = {name: values for name in CELLS if (values := store.get(Cell(DATA, name, 0))) is not None}
-    if options.quick:
-        return
-    rows = []
-    for space in ("pixel", "latent"):
-        row: dict[str, Any] = {"diffusion on": "latents, 4 x 16 x 16" if space == "latent" else "pixels, 3 x 64 x 64"}
-        for name in ("training", "sampling"):
-            row[f"{name}, images/s"] = found.get("speed", {}).get(f"{space} {name}")
-        row |= {title: found.get(space, {}).get(name) for name, title in FIGURES.items()}
-        row["minutes"] = found.get(space, {}).get("minutes")
-        row |= {title: None for title in ("PSNR, dB", "SSIM")}
-        if space == "latent" and "autoencoder" in found:
-            row |= {"PSNR, dB": found["autoencoder"]["psnr"], "SSIM": found["autoencoder"]["ssim"]}
-        rows.append(row)
-    notes = [
-        f"One seed; {EPOCHS['pixel']} epochs, network [16, 32, 64] on both, batch {BATCH}; sampling with {STEPS} steps "
-        "of DPM-Solver++; speed per second of processor time, one thread. Training counts the encoding of images and "
-        "of the views for the head, sampling the decoding. PSNR and SSIM: "
-        f"reconstruction of test images by the autoencoder, itself trained for {EPOCHS['autoencoder']} epochs"
-        + (f" ({found['autoencoder']['minutes']:.1f} minutes)." if "autoencoder" in found else ".")
-    ]
-    missing = [name for name in CELLS if name not in found]
-    notes += [f"Not run: {', '.join(missing)}."] if missing else []
-    write_result("latent_space", "Latents against pixels, ham10000_64, all labels", rows, notes=notes)
+    if not options.quick:
+        tables(store)
 
 
 if __name__ == "__main__":

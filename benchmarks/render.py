@@ -16,6 +16,9 @@ A document holds a pair of markers, and what stands between them is replaced by 
     <!-- table:speed -->
     <!-- end:speed -->
 
+The table ``summary`` has no results file: it holds the targets of all of them, what was asked for and what was found,
+in the order in which their tables stand in ``benchmarks/README.md``.
+
 Run ``python -m benchmarks.render`` to write, with ``--check`` to fail when a table is not what its results say. Only
 the standard library is needed.
 """
@@ -32,19 +35,24 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["format_value", "load_results", "main", "render_document", "render_table"]
+from benchmarks.common import Target
+
+__all__ = ["format_value", "load_results", "main", "render_document", "render_table", "summary"]
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 NOT_MEASURED = "Not measured yet."
+INDEX = ROOT / "benchmarks" / "README.md"  # every table stands here, in the order of the summary
 DOCUMENTS = (
-    ROOT / "benchmarks" / "README.md",
+    INDEX,
     ROOT / "README.md",
     ROOT / "docs" / "diffusion_classifier.md",
     ROOT / "docs" / "few_labels.md",
 )
 
 MARKER = re.compile(r"^<!-- (table|end):([\w.-]+) -->[ \t]*$", re.M)
+HEADING = re.compile(r"^#+ +(.+?) *$", re.M)
+SCRIPT = re.compile(r"`python -m benchmarks\.(\w+)`")  # within a heading
 
 
 def decimals(*values: float) -> int:
@@ -117,7 +125,7 @@ def format_environment(environment: Mapping[str, Any]) -> str:
 
 
 def render_table(result: Mapping[str, Any]) -> str:
-    """Markdown of one result: title, table, notes, environment.
+    """Markdown of one result: title, table, targets, notes, environment.
 
     Args:
         result: content of a results file; columns are the keys of the rows in the order of their first appearance.
@@ -139,10 +147,77 @@ def render_table(result: Mapping[str, Any]) -> str:
         "|" + "|".join("---:" if column in numeric else "---" for column in columns) + "|",
         *("| " + " | ".join(format_value(row.get(c), digits.get(c)) for c in columns) + " |" for row in rows),
     ]
+    judged = [f"- {target.sentence()}" for target in targets_of(result)]
+    targets = ["Asked for, and found:\n\n" + "\n".join(judged)] if judged else []
     notes = result.get("notes") or []
-    blocks = [f"**{result['title']}**", "\n".join(lines), *([notes] if isinstance(notes, str) else notes)]
     environment = format_environment(result.get("environment") or {})
+    blocks = [f"**{result['title']}**", "\n".join(lines), *targets, *([notes] if isinstance(notes, str) else notes)]
     return "\n\n".join([*blocks, *([f"*{environment}*"] if environment else [])])
+
+
+def targets_of(result: Mapping[str, Any]) -> list[Target]:
+    """The targets of a result, in its order.
+
+    Raises:
+        ValueError: when one is not a target.
+    """
+    try:
+        return [Target(**target) for target in result.get("targets", ())]
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"result {result['name']!r} has a wrong target: {error}") from error
+
+
+def sections(index: str) -> dict[str, str]:
+    """The heading above each marked table of a document, in the order of the document."""
+    headings = [(match.start(), match[1]) for match in HEADING.finditer(index)]
+    return {
+        marker[2]: next((text for start, text in reversed(headings) if start < marker.start()), "")
+        for marker in MARKER.finditer(index)
+        if marker[1] == "table"
+    }
+
+
+def anchor(heading: str) -> str:
+    """The name by which a heading is linked to, as GitHub makes it: letters, digits, ``_`` and ``-``."""
+    return re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-")
+
+
+def summary(results: Mapping[str, Mapping[str, Any]], index: str) -> dict[str, Any]:
+    """What was asked for and what was found, of all results.
+
+    Args:
+        results: results by name.
+        index: text of ``benchmarks/README.md``, which decides the order and where the links lead.
+
+    Returns:
+        A result with a row for each target. A table of the index without results is a target that was not run. Links
+        are those of a document in the repository's root.
+
+    Raises:
+        ValueError: when a result with targets has no table in the index.
+    """
+    places = sections(index)
+    lost = sorted(name for name in results if results[name].get("targets") and name not in places)
+    if lost:
+        raise ValueError(f"summary: the targets of {', '.join(lost)} have no table in {INDEX.name} of the benchmarks.")
+    rows = []
+    for name, heading in places.items():
+        unknown = [Target(f"the table `{name}`", "measured", "", None)]
+        script = SCRIPT.search(heading)
+        link = f"[{script[1] if script else heading}](benchmarks/README.md#{anchor(heading)})"
+        rows += [
+            {
+                "what": target.figure,
+                "asked for": target.asked,
+                "measured": target.details or None,
+                "verdict": target.verdict,
+                "where": link,
+            }
+            for target in (targets_of(results[name]) if name in results else unknown)
+        ]
+    counts = [sum(row["verdict"] == verdict for row in rows) for verdict in ("met", "MISSED", "not run")]
+    title = "Of {} targets {} are met, {} MISSED, {} not run".format(len(rows), *counts)
+    return {"name": "summary", "title": title, "rows": rows}
 
 
 def load_results(folder: Path = RESULTS) -> dict[str, dict[str, Any]]:
@@ -155,7 +230,7 @@ def load_results(folder: Path = RESULTS) -> dict[str, dict[str, Any]]:
         Content by name.
 
     Raises:
-        ValueError: when a file is not a result, or its name is not that of the file.
+        ValueError: when a file is not a result, its name is not that of the file, or a target of it is wrong.
     """
     results = {}
     for path in sorted(folder.glob("*.json")):
@@ -163,6 +238,7 @@ def load_results(folder: Path = RESULTS) -> dict[str, dict[str, Any]]:
         missing = {"name", "title", "rows"} - set(content)
         if missing or content["name"] != path.stem:
             raise ValueError(f"load_results: {path.name} lacks {sorted(missing)} or its 'name' is not {path.stem!r}.")
+        targets_of(content)
         results[path.stem] = content
     return results
 
@@ -217,6 +293,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="write nothing, fail when a table is out of date")
     options = parser.parse_args(arguments)
     results = load_results(options.results)
+    results["summary"] = summary(results, INDEX.read_text(encoding="utf-8"))
     stale = False
     for path in options.documents or [document for document in DOCUMENTS if document.is_file()]:
         old = path.read_text(encoding="utf-8")

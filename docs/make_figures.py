@@ -62,6 +62,7 @@ def draw_progress(output: Path, path: Path) -> None:
     """Validation curves over the epochs, and the same eight starting noises after each epoch."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     events = EventAccumulator(str(output / "tensorboard"))
     events.Reload()
@@ -75,6 +76,7 @@ def draw_progress(output: Path, path: Path) -> None:
         axes.plot([point.step for point in curve], [point.value for point in curve], marker="o")
         axes.set_title(title, fontsize=10)
         axes.set_xlabel("epoch" if row else "")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(color="#e6e6e6")
     for column, sheet in enumerate(sheets, start=1):
         axes = figure.add_subplot(grid[:, column])

@@ -23,9 +23,10 @@ from pathlib import Path
 from unittest import mock
 
 import numpy as np
+from parameterized import parameterized
 
-from benchmarks import common, localization
-from benchmarks.common import Cell, CellStore, mean_interval, paired_difference
+from benchmarks import common, joint_vs_single, localization
+from benchmarks.common import Cell, CellStore, Target, counted, mean_interval, paired_difference
 from benchmarks.render import load_results, render_table
 
 
@@ -52,6 +53,36 @@ class TestTraining(TemporaryFolder):
         self.assertEqual((options["cwd"], options["check"]), (common.ROOT, True))
         self.assertTrue((self.folder / "new" / "log.txt").is_file())
         self.assertTrue(0.001 <= minutes < 1)
+
+
+class TestNetworks(TemporaryFolder):
+    """Cells measured before the bundle's default became smaller, and those still missing, are of one network."""
+
+    LARGE = [32, 64, 128]
+
+    @mock.patch.dict("os.environ", JOINTDIFF_DATA="/data")
+    @mock.patch.object(joint_vs_single, "train_bundle")
+    def test_joint_and_single(self, trainings):
+        for method in joint_vs_single.METHODS:
+            joint_vs_single.train(Cell(joint_vs_single.DATA, method, 1), self.folder, joint_vs_single.EPOCHS)
+            (_, _, options), _ = trainings.call_args
+            self.assertEqual((options["channels"], options["epochs"], options["seed"]), (self.LARGE, 6, 1))
+
+    @parameterized.expand(
+        [("phantoms", LARGE, 5), *((data, [16, 32, 64], 30) for data in (localization.BRAIN, "busi_64"))]
+    )
+    @mock.patch.object(localization, "train_bundle")
+    def test_localization(self, data, channels, epochs, trainings):
+        localization.train(Cell(data, "maps", 0), None, self.folder, quick=False)
+        (_, _, options), _ = trainings.call_args
+        self.assertEqual(options.get("network_def#channels", options["channels"]), channels)
+        self.assertEqual(options["epochs"], epochs)
+
+    def test_measured_cells_are_still_known(self):
+        stores = localization.stores_in(common.RESULTS / "cells")
+        for file in (common.RESULTS / "cells" / "localization").glob("*.json"):
+            cell = Cell(**json.loads(file.read_text(encoding="utf-8"))["cell"])
+            self.assertIsNotNone(stores[cell.data].get(cell), file.name)
 
 
 class TestLeaveOnePatientOut(TemporaryFolder):
@@ -150,6 +181,9 @@ class TestCells(TemporaryFolder):
         record = json.loads(self.store().path(cell).read_text(encoding="utf-8"))
         self.assertEqual(record["cell"], {"data": "data", "method": "joint", "seed": 7})
         self.assertEqual(record["settings"], {"steps": 10, "size": [8, 8]})
+        self.assertEqual(record["environment"], self.store().environment(cell))
+        with self.assertRaises(FileNotFoundError):
+            self.store().environment(Cell("data", "joint", 8))
         self.assertGreaterEqual(record["seconds"], 0)
         self.assertIn("torch", record["environment"]["versions"])
 
@@ -194,6 +228,47 @@ class TestFiles(TemporaryFolder):
         text = render_table(load_results(self.folder)["auc"])
         self.assertIn("| ours | 0.985 [0.973, 0.997] |", text)
         self.assertTrue(text.endswith("One note.\n\n*Measured on X*"))
+
+    def test_result_keeps_its_targets(self):
+        targets = [Target("AUC", "at least 0.98", "0.99", True, "2 seeds"), Target("accuracy", "0.9", "", None)]
+        common.write_result("auc", "AUC", [{"AUC": 0.99}], targets=targets, environment={}, folder=self.folder)
+        found = load_results(self.folder)["auc"]
+        self.assertEqual([Target(**target) for target in found["targets"]], targets)
+        common.write_result("auc", "AUC", [{"AUC": 0.99}], environment={}, folder=self.folder)
+        self.assertEqual(load_results(self.folder)["auc"]["targets"], [])
+
+
+class TestTarget(unittest.TestCase):
+    @parameterized.expand(
+        [
+            (True, "0.99", "3 seeds", "AUC, at least 0.98: met (0.99; 3 seeds)."),
+            (False, "0.97", "", "AUC, at least 0.98: MISSED (0.97)."),
+            (None, "", "2 of 3 trainings left", "AUC, at least 0.98: not run (2 of 3 trainings left)."),
+            (None, "", "", "AUC, at least 0.98: not run."),
+        ]
+    )
+    def test_sentence(self, met, found, about, sentence):
+        target = Target("AUC", "at least 0.98", found, met, about)
+        self.assertEqual(target.sentence(), sentence)
+        self.assertIn(f": {target.verdict}", sentence)
+
+    @parameterized.expand(
+        [
+            ("figure", ("", "at least 1", "2", True), ValueError, "words for the figure"),
+            ("asked", ("AUC", "", "2", True), ValueError, "words for the figure"),
+            ("verdict without finding", ("AUC", "at least 1", "", False), ValueError, "not run"),
+            ("finding without verdict", ("AUC", "at least 1", "2", None), ValueError, "not run"),
+            ("number", ("AUC", "at least 1", 2.0, True), TypeError, "expected text"),
+            ("word for a verdict", ("AUC", "at least 1", "2", "met"), TypeError, "True, False or None"),
+            ("numpy's truth", ("AUC", "at least 1", "2", np.bool_(True)), TypeError, "True, False or None"),
+        ]
+    )
+    def test_wrong(self, _, values, error, message):
+        with self.assertRaisesRegex(error, f"Target: got .*{message}"):
+            Target(*values)
+
+    def test_counted(self):
+        self.assertEqual([counted(n, "thread") for n in (0, 1, 2)], ["0 threads", "1 thread", "2 threads"])
 
 
 class TestEnvironment(TemporaryFolder):

@@ -17,6 +17,7 @@ import json
 import math
 import tempfile
 import unittest
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -165,41 +166,54 @@ class TestTables(unittest.TestCase):
 
     @parameterized.expand(
         [
-            ([0.95, 0.9], True, "met \\(mean 0.925"),
-            ([0.95, 0.85], True, "MISSED by the worst seed \\(mean 0.900.*worst seed 0.850"),
-            ([0.95, 0.80], True, "MISSED \\(mean 0.875"),
-            ([0.85, 0.89], False, "met"),
-            ([0.70, 0.90], False, "MISSED by the worst seed"),
-            ([0.95, 0.90], False, "MISSED \\("),
+            ([0.95, 0.9], True, True, "mean 0.925", False),
+            ([0.95, 0.85], True, False, "mean 0.900.*worst seed 0.850", True),
+            ([0.95, 0.80], True, False, "mean 0.875", False),
+            ([0.93, 0.93 - 0.03], True, True, "mean 0.915.*worst seed 0.900", False),  # 0.93 - 0.03 is less than 0.9
+            ([0.85, 0.89], False, True, "mean 0.870", False),
+            ([0.70, 0.90], False, False, "mean 0.800.*worst seed 0.900", True),
+            ([0.95, 0.90], False, False, "mean 0.925", False),
         ]
     )
-    def test_verdict(self, values, larger, expected):
+    def test_judged_by_mean_and_worst_seed(self, values, larger, met, found, by_worst_alone):
         other = [1.0, 1.0] if larger else [0.0, 0.0]
-        found = counterfactual.verdict({"out": other, "back": values}, 0.9, larger)
-        self.assertRegex(found, f"^{expected}")
-        self.assertIn("back", found)
+        target = counterfactual.judge(("flips", "0.9"), {"out": other, "back": values}, 0.9, larger)
+        self.assertIs(target.met, met)
+        self.assertRegex(target.found, f"^{found}")
+        self.assertIn("back", target.found)
+        self.assertRegex(target.about, "^2 of 3 seeds")
+        self.assertEqual("missed by the worst seed, not by the mean" in target.about, by_worst_alone)
 
-    def test_verdicts_of_a_method(self):
-        model, oracle, l1, excess, adversarial = counterfactual.verdicts(
-            [cell(0.93), cell(0.84, l1=0.14, adversarial=0.5), cell(0.94)], half_distance=0.13
-        )
-        self.assertRegex(model, "at least 0.99: met")
+    def test_targets_of_a_method(self):
+        cells = [cell(0.93), cell(0.84, l1=0.14, adversarial=0.5), cell(0.94)]
+        model, oracle, l1, excess, adversarial, kermany = counterfactual.targets(cells, half_distance=0.13)
+        by_worst = "missed by the worst seed, not by the mean"
+        self.assertRegex(model.sentence(), "flip the model, at least 0.99: met")
         self.assertRegex(
-            oracle,
-            "at least 0.90: MISSED by the worst seed .mean 0.903, normal to pneumonia.*0.840., interval 0.69 to 0.98",
+            oracle.sentence(),
+            f"at least 0.90: MISSED .mean 0.903, normal to pneumonia.*0.840; 3 of 3 seeds, {by_worst}; .*0.69 to 0.98",
         )
-        self.assertRegex(l1, "below 0.130: MISSED by the worst seed .mean 0.113.*0.140")
-        self.assertRegex(excess, "met")
-        self.assertRegex(adversarial, "MISSED by the worst seed .*0.340")
+        self.assertRegex(l1.sentence(), f"below 0.130.*: MISSED .mean 0.113.*0.140.*{by_worst}")
+        self.assertRegex(excess.sentence(), "null control, at least 0.60: met .*worst seed 0.840")
+        self.assertRegex(adversarial.sentence(), f"PGD.*at least 0.40: MISSED .*0.340.*{by_worst}")
+        self.assertEqual(
+            kermany.sentence(), "counterfactuals on kermany_cxr_64, the same as on PneumoniaMNIST: not run."
+        )
+        self.assertEqual([target.met for target in counterfactual.targets([], 0.13)], [None, None])
 
-    def test_verdicts_of_the_oracle(self):
+    def test_targets_of_the_oracle(self):
         blur = {"figure": "flipped by blur at L1 0.132", "normal": {"mean": 0.251}, "pneumonia": {"mean": 0.01}}
-        rows = [{"figure": "test AUC", "value": 0.971}, blur]
-        auc, flips = counterfactual.oracle_verdicts(rows)
-        self.assertRegex(auc, r"met \(0.971\)")
-        self.assertRegex(flips, "MISSED by blur at L1 0.132: 0.251 of normal images.$")
-        blur["normal"]["mean"] = 0.09
-        self.assertRegex(counterfactual.oracle_verdicts(rows)[1], "met.$")
+        noise = {"figure": "flipped by noise at L1 0.132", "normal": {"mean": 0.02}, "pneumonia": {"mean": 0.1}}
+        rows = [{"figure": "test AUC", "value": 0.971}, blur, noise]
+        auc, flips = counterfactual.oracle_targets(rows)
+        self.assertRegex(auc.sentence(), r"at least 0.97: met \(0.971\)")
+        self.assertEqual((flips.met, flips.verdict), (False, "MISSED"))
+        missed = "blur at L1 0.132: 0.251 of normal images; noise at L1 0.132: 0.100 of pneumonia images"
+        self.assertEqual(flips.found, missed)
+        blur["normal"]["mean"], noise["pneumonia"]["mean"], rows[0]["value"] = 0.09, 0.099, 0.969
+        auc, flips = counterfactual.oracle_targets(rows)
+        self.assertEqual((auc.met, flips.met), (False, True))
+        self.assertEqual(flips.found, "at most noise at L1 0.132: 0.099 of pneumonia images")
 
     def test_results_are_those_of_the_cells(self):
         settings = {
@@ -219,7 +233,9 @@ class TestTables(unittest.TestCase):
         self.assertEqual(len(write.call_args_list), 3)
         for (name, _, rows), keywords in write.call_args_list:
             committed = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-            self.assertEqual(committed["notes"], keywords["notes"], name)
+            notes = [keywords["notes"]] if isinstance(keywords["notes"], str) else keywords["notes"]
+            self.assertEqual(committed["notes"], notes, name)
+            self.assertEqual(committed["targets"], [asdict(target) for target in keywords.get("targets", ())], name)
             self.assertEqual(render_table({**committed, "rows": rows}), render_table(committed))
             for value in (value for row in rows for value in row.values() if isinstance(value, dict)):
                 self.assertTrue(value["low"] is None or value["low"] <= value["mean"] <= value["high"])
@@ -406,17 +422,20 @@ class TestInTurns(unittest.TestCase):
         self.assertEqual((found[f"oracle, {NORMAL}"]["mean"], found[f"oracle, {PNEUMONIA}"]["mean"]), (0.5, 1.0))
         self.assertAlmostEqual(found["median L1"], 0.25)
 
-    def test_verdicts(self):
+    def test_targets(self):
         def line(name: str, faster: float, out: float, back: float) -> dict[str, Any]:
             shares = {f"oracle, {d}": {"mean": v} for d, v in ((NORMAL, out), (PNEUMONIA, back))}
             return {"method": name, "times faster": faster, **shares}
 
         rows = [line("recipe", 1, 1.0, 0.8), line("batch", 4.9, 1.0, 0.8)]
         ours = [line("a", 30.0, 0.8, 0.9), line("b", 12.0, 0.9, 0.8), line("c", 40.0, 1.0, 0.7)]
-        calls, validity = speed.verdicts([*rows, *ours])
-        self.assertRegex(calls, r"equal calls.*: MISSED \(4.9\).$")
-        self.assertRegex(validity, r": met \(30.0, a\), MISSED \(12.0, b\), not as valid \(c\)\.")
-        self.assertRegex(speed.verdicts([rows[0], {**rows[1], "times faster": 5.0}])[0], "met")
+        calls, a, b, c = speed.targets([*rows, *ours])
+        self.assertRegex(calls.sentence(), r"equal calls.*about 5 times.*: MISSED \(4.9 times; 16 images")
+        self.assertEqual([target.met for target in (a, b, c)], [True, False, False])
+        self.assertRegex(a.sentence(), r": a, .*at least 20 times.*: met \(30.0 times, valid.*too few to show")
+        self.assertRegex(b.found, "12.0 times, valid")
+        self.assertRegex(c.found, r"40.0 times, not as valid \(0.700, of the recipe 0.800\)")
+        self.assertTrue(speed.targets([rows[0], {**rows[1], "times faster": 5.0}])[0].met)
 
     def test_the_result_is_that_of_the_cell(self):
         with mock.patch.object(speed, "write_result") as write:
@@ -425,6 +444,7 @@ class TestInTurns(unittest.TestCase):
         committed = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
         self.assertEqual((committed["title"], committed["notes"]), (title, keywords["notes"]))
         self.assertEqual((committed["rows"], committed["environment"]), (rows, keywords["environment"]))
+        self.assertEqual(committed["targets"], [asdict(target) for target in keywords["targets"]])
 
 
 if __name__ == "__main__":

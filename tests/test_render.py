@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import re
 import tempfile
 import unittest
 from pathlib import Path
@@ -44,6 +45,35 @@ TABLE = """\
 Median of 10 repeats.
 
 *Measured on A CPU, 2 threads, torch 2.13.0, commit abc*"""
+
+JUDGED = {
+    **RESULT,
+    "targets": [
+        {"figure": "step", "asked": "at least 2 times", "found": "2.13 times", "met": True, "about": "2 threads"},
+        {"figure": "other step", "asked": "at least 3 times", "found": "1.5 times", "met": False, "about": ""},
+    ],
+}
+LEFT = {**RESULT, "name": "left", "targets": [{"figure": "a|b", "asked": "0.9", "found": "", "met": None}]}
+INDEX = """\
+# Benchmarks
+## Curves: `python -m benchmarks.the_curve`, 2D & 3D
+<!-- table:left -->
+<!-- end:left -->
+### Speed
+<!-- table:speed -->
+<!-- end:speed -->
+<!-- table:never -->
+<!-- end:never -->
+"""
+SUMMARY = """\
+**Of 4 targets 1 are met, 1 MISSED, 2 not run**
+
+| what | asked for | measured | verdict | where |
+|---|---|---|---|---|
+| a\\|b | 0.9 | - | not run | [the_curve](benchmarks/README.md#curves-python--m-benchmarksthe_curve-2d--3d) |
+| step | at least 2 times | 2.13 times; 2 threads | met | [Speed](benchmarks/README.md#speed) |
+| other step | at least 3 times | 1.5 times | MISSED | [Speed](benchmarks/README.md#speed) |
+| the table `never` | measured | - | not run | [Speed](benchmarks/README.md#speed) |"""
 
 DOCUMENT = "# Title\n\n<!-- table:speed -->\nold\n<!-- end:speed -->\n\nafter\n"
 
@@ -117,6 +147,41 @@ class TestDocument(unittest.TestCase):
             render.render_table({**RESULT, "rows": []})
 
 
+class TestTargets(unittest.TestCase):
+    def test_stand_between_table_and_notes(self):
+        first = "- step, at least 2 times: met (2.13 times; 2 threads)."
+        second = "- other step, at least 3 times: MISSED (1.5 times)."
+        before, after = TABLE.split("\n\nMedian")
+        expected = f"{before}\n\nAsked for, and found:\n\n{first}\n{second}\n\nMedian{after}"
+        self.assertEqual(render.render_table(JUDGED), expected)
+
+    def test_result_without_targets(self):
+        self.assertEqual(render.render_table({**RESULT, "targets": []}), TABLE)
+
+    def test_summary_has_the_order_of_the_index(self):
+        results = {"speed": JUDGED, "left": LEFT}
+        self.assertEqual(render.render_table(render.summary(results, INDEX)), SUMMARY)
+
+    def test_table_without_targets_has_no_row(self):
+        found = render.summary({"speed": RESULT, "left": LEFT, "never": RESULT}, INDEX)
+        self.assertEqual([row["what"] for row in found["rows"]], ["a|b"])
+
+    def test_no_target_is_lost(self):
+        with self.assertRaisesRegex(ValueError, "targets of other have no table"):
+            render.summary({"speed": JUDGED, "left": LEFT, "other": JUDGED}, INDEX)
+
+    @parameterized.expand(
+        [
+            ("unknown", {"figure": "a", "asked": "b", "found": "c", "met": True, "verdict": "met"}),
+            ("missing", {"figure": "a", "asked": "b"}),
+            ("no verdict", {"figure": "a", "asked": "b", "found": "c", "met": None}),
+        ]
+    )
+    def test_wrong_target(self, _, target):
+        with self.assertRaisesRegex(ValueError, "result 'speed' has a wrong target"):
+            render.render_table({**RESULT, "targets": [target]})
+
+
 class TestMain(unittest.TestCase):
     def setUp(self):
         folder = tempfile.TemporaryDirectory()
@@ -154,8 +219,39 @@ class TestMain(unittest.TestCase):
         with self.assertRaisesRegex(ValueError, "renamed.json"):
             self.run_main()
 
+    def test_summary_is_of_the_results_of_the_folder(self):
+        self.document.write_text("<!-- table:summary -->\n<!-- end:summary -->\n", encoding="utf-8")
+        (self.folder / "speed.json").write_text(json.dumps(JUDGED), encoding="utf-8")
+        self.assertEqual(self.run_main()[0], 0)
+        text = self.document.read_text(encoding="utf-8")
+        self.assertIn("| other step | at least 3 times | 1.5 times | MISSED | [speed](benchmarks/README.md#", text)
+        self.assertIn("| the table `main_job` | measured | - | not run |", text)
+
+    def test_wrong_target_names_the_file(self):
+        (self.folder / "speed.json").write_text(json.dumps({**RESULT, "targets": [{}]}), encoding="utf-8")
+        with self.assertRaisesRegex(ValueError, "'speed' has a wrong target"):
+            self.run_main()
+
 
 class TestRepository(unittest.TestCase):
+    def test_every_target_stands_once_in_the_readme(self):
+        results = render.load_results()
+        text = (render.ROOT / "README.md").read_text(encoding="utf-8")
+        ((_, start, end),) = render.marked_spans(text, "README.md")
+        rows = [line[2:].split(" | ")[0] for line in text[start:end].splitlines() if line.startswith("| ")]
+        figures = [target["figure"] for result in results.values() for target in result.get("targets", ())]
+        self.assertEqual(len(figures), len(set(figures)))
+        shown = [row for row in rows[1:] if not row.startswith("the table `")]  # of which there are no results
+        self.assertEqual(sorted(shown), sorted(figures))
+
+    def test_links_of_the_summary_lead_to_headings(self):
+        text = (render.ROOT / "README.md").read_text(encoding="utf-8")
+        headings = set(re.findall(r"^#+ (.*)$", render.INDEX.read_text(encoding="utf-8"), re.M))
+        anchors = {re.sub(r"[`:,.&]", "", heading).lower().replace(" ", "-") for heading in headings}
+        linked = set(re.findall(r"\(benchmarks/README.md#(.*?)\)", text))
+        self.assertGreater(len(linked), 8)
+        self.assertLessEqual(linked, anchors)
+
     def test_committed_documents_are_up_to_date(self):
         output = io.StringIO()
         with contextlib.redirect_stderr(output):

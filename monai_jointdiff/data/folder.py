@@ -14,6 +14,7 @@
 from __future__ import annotations
 
 import csv
+import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,7 +25,16 @@ from typing import Any
 import numpy as np
 
 from monai_jointdiff.data.intensity import IntensityRule
-from monai_jointdiff.data.reading import has_image_suffix, is_dicom, is_gray, read_image, read_volume
+from monai_jointdiff.data.labels import split_names
+from monai_jointdiff.data.reading import (
+    has_image_suffix,
+    is_dicom,
+    is_dicom_slice,
+    is_gray,
+    named_or_is_dicom,
+    read_image,
+    read_volume,
+)
 from monai_jointdiff.data.records import Found, Record
 from monai_jointdiff.data.splits import canonical_part
 from monai_jointdiff.data.volumes import ImageFiles, SliceRule
@@ -32,6 +42,8 @@ from monai_jointdiff.data.volumes import ImageFiles, SliceRule
 __all__ = ["find_images", "list_images", "read_folder"]
 
 _DEFAULT_SIZE = {2: 64, 3: 32}
+_OF_NAMES = frozenset({"image_column", "mask_column"})  # options that are used where files are known by their names
+_OF_A_TABLE = _OF_NAMES | {"label_column", "split_column", "patient_column"}
 _PROBED = 16  # images read to find out whether the data set is gray
 
 
@@ -49,11 +61,26 @@ def find_images(folder: str | Path) -> list[Path]:
     return [path for path in visible if has_image_suffix(path) or is_dicom(path)]
 
 
+def _images_and_series(folder: Path, spatial_dims: int) -> list[Path]:
+    """Image files of a folder; in 3D a folder with slices of DICOM stands for these."""
+    files = find_images(folder)
+    series: set[Path] = set()
+    for path in files if spatial_dims == 3 else []:
+        if path.parent not in series and is_dicom_slice(path):
+            series.add(path.parent)
+    return sorted(series | {path for path in files if path.parent not in series or not named_or_is_dicom(path)})
+
+
+def _name_below(folder: Path, path: Path) -> str:
+    return path.relative_to(folder).as_posix() if path != folder else folder.resolve().name
+
+
 def list_images(
     path: str | Path,
     image_column: str | Sequence[str] = "file",
     slices: SliceRule | None = None,
     mask_column: str | None = None,
+    spatial_dims: int = 2,
 ) -> list[Record]:
     """What there is to look at in a file or a folder; labels and parts are not asked for.
 
@@ -64,6 +91,7 @@ def list_images(
         slices: how volumes are cut; None: they are not.
         mask_column: column with the file of the mask, or a word of its name, as in :func:`read_folder`; every image
             must have one. None: masks are not looked for.
+        spatial_dims: 2 or 3; in 3D a folder with slices of DICOM is one image, which has the folder's name.
 
     Returns:
         images and their names relative to the folder; there may be none.
@@ -72,15 +100,15 @@ def list_images(
         ValueError: when a file that a CSV names is missing, a volume to be cut cannot be read, or masks are asked for
             and an image has none.
     """
-    path, columns = Path(path), _names(image_column)
+    path, columns = Path(path), split_names(image_column, "image_column")
     if not path.is_dir():
         records = [Record(path, None, path.name)]
     elif len(columns) == 1 and mask_column is None:
-        records = [Record(file, None, file.relative_to(path).as_posix()) for file in find_images(path)]
+        records = [Record(file, None, _name_below(path, file)) for file in _images_and_series(path, spatial_dims)]
     else:
         table = _find_csv(path)
         wanted = _Columns(columns, mask=mask_column)
-        records = _by_names(path, wanted) if table is None else _by_csv(path, table, wanted)
+        records = _by_names(path, wanted, spatial_dims) if table is None else _by_csv(path, table, wanted)
     without = [record.name for record in records if record.mask is None]
     if mask_column is not None and (without or not records):
         found = f"{len(without)} of {len(records)} images" + f" ({', '.join(without)})" * bool(without)
@@ -106,7 +134,7 @@ def read_folder(
     Without a CSV, sub-folders `train`, `val`, `test` are parts and the sub-folders in them (or, without parts, in the
     folder itself) are classes; images that lie directly in the folder have no label. With several image columns, each
     folder that holds a file for all of them is an image, its own name is no class, and a file is known by a word of its
-    name: `flair` finds `case07_flair.nii.gz`.
+    name: `flair` finds `case07_flair.nii.gz`. In 3D a folder with slices of DICOM is one image, and counts as a file.
 
     Args:
         folder: the folder.
@@ -131,14 +159,20 @@ def read_folder(
     table = _find_csv(folder)
     by_mask = slices is not None and mask_column is not None
     columns = _Columns(
-        _names(image_column), _names(label_column), split_column, patient_column, mask_column, label_needed=not by_mask
+        split_names(image_column, "image_column"),
+        split_names(label_column, "label_column"),
+        split_column,
+        patient_column,
+        mask_column,
+        label_needed=not by_mask,
     )
+    used: frozenset[str] = frozenset()
     if table is not None:
-        records = _by_csv(folder, table, columns)
+        records, used = _by_csv(folder, table, columns), _OF_A_TABLE
     elif len(columns.images) > 1:
-        records = _by_names(folder, columns)
+        records, used = _by_names(folder, columns, spatial_dims), _OF_NAMES
     else:
-        records = _by_folders(folder)
+        records = _by_folders(folder, spatial_dims)
     if not records:
         alone = "" if len(columns.images) == 1 else f", no sub-folder with one for each of {', '.join(columns.images)}"
         raise ValueError(
@@ -151,7 +185,7 @@ def read_folder(
         channels = _channels(records, spatial_dims)
     class_names = list(slices.classes) if slices is not None and by_mask else None
     channel_names = list(columns.images) if len(columns.images) > 1 else None
-    return Found(records, _DEFAULT_SIZE[spatial_dims], channels, IntensityRule(), class_names, channel_names)
+    return Found(records, _DEFAULT_SIZE[spatial_dims], channels, IntensityRule(), class_names, channel_names, used)
 
 
 @dataclass(frozen=True)
@@ -171,11 +205,6 @@ class _Columns:
         labels = self.labels if self.label_needed else ()
         masks = () if self.mask is None else (self.mask,)
         return [*self.images, *labels, *masks, *(name for default, name in optional.items() if name != default)]
-
-
-def _names(columns: str | Sequence[str]) -> tuple[str, ...]:
-    """Names of columns, also those joined by commas."""
-    return tuple(name.strip() for name in (columns.split(",") if isinstance(columns, str) else columns))
 
 
 def _find_csv(folder: Path) -> Path | None:
@@ -207,12 +236,21 @@ def _by_csv(folder: Path, table: Path, columns: _Columns) -> list[Record]:
             image=_image(folder / row[column] for column in columns.images),
             label=_label(row, columns.labels),
             name=_name(row[columns.images[0]], folder),
-            part=canonical_part(row[columns.split]) if row.get(columns.split) else None,
+            part=_part(row, columns, f"{table.name}, line {line}"),
             patient=row.get(columns.patient) or None,
             mask=folder / row[columns.mask] if columns.mask is not None and row[columns.mask] else None,
         )
-        for row in rows
+        for line, row in enumerate(rows, start=2)
     ]
+
+
+def _part(row: Mapping[str, str], columns: _Columns, place: str) -> str | None:
+    """The part that a table gives an image, if it gives one."""
+    try:
+        return canonical_part(row[columns.split]) if row.get(columns.split) else None
+    except ValueError as error:
+        file = row[columns.images[0]]
+        raise ValueError(f"read_folder: {place} ({file}), column {columns.split!r}: {error}") from error
 
 
 def _check_files(folder: Path, table: Path, columns: _Columns, rows: Sequence[Mapping[str, str]]) -> None:
@@ -221,14 +259,16 @@ def _check_files(folder: Path, table: Path, columns: _Columns, rows: Sequence[Ma
         empty = [str(line) for line, row in enumerate(rows, start=2) if not row[column]]
         if empty:
             raise ValueError(f"read_folder: no file in column {column!r} of {table.name}, lines {', '.join(empty)}.")
-        repeated = sorted(name for name, count in Counter(row[column] for row in rows).items() if count > 1)
+        names = Counter(_name(row[column], folder) for row in rows)
+        repeated = sorted(name for name, count in names.items() if count > 1)
         if repeated:
             raise ValueError(f"read_folder: {table.name} lists files more than once: {', '.join(repeated)}.")
     files = [row[column] for row in rows for column in (*columns.images, columns.mask) if column and row[column]]
     absent = [file for file in files if not (folder / file).exists()]
     if absent:
-        names = ", ".join(absent)
-        raise ValueError(f"read_folder: {len(absent)} files of {table.name} are not in '{folder}': {names}.")
+        raise ValueError(
+            f"read_folder: {len(absent)} files of {table.name} are not in '{folder}': {', '.join(absent)}."
+        )
 
 
 def _image(paths: Iterable[Path]) -> Path | ImageFiles:
@@ -238,24 +278,23 @@ def _image(paths: Iterable[Path]) -> Path | ImageFiles:
 
 def _name(file: str, folder: Path) -> str:
     """The file as seen from the folder: results name images, and never tell where the data lie."""
-    path = Path(file)
+    path, top = Path(os.path.normpath(file)), Path(os.path.abspath(folder))
     if not path.is_absolute():
         return path.as_posix()
-    if not path.is_relative_to(folder.absolute()):
+    if not path.is_relative_to(top):
         raise ValueError(f"read_folder: '{file}' is an absolute path outside of '{folder}'; name files relative to it.")
-    return path.relative_to(folder.absolute()).as_posix()
+    return path.relative_to(top).as_posix()
 
 
 def _label(row: Mapping[str, str], columns: Sequence[str]) -> Any:
     return row.get(columns[0]) if len(columns) == 1 else [row[column] for column in columns] or None
 
 
-def _by_folders(folder: Path) -> list[Record]:
+def _by_folders(folder: Path, spatial_dims: int) -> list[Record]:
     records = []
-    for path in find_images(folder):
-        name = path.relative_to(folder)
-        part, label = _part_and_label(name.parent.parts)
-        records.append(Record(path, label, name.as_posix(), part))
+    for path in _images_and_series(folder, spatial_dims):
+        part, label = _part_and_label(path.relative_to(folder).parent.parts)
+        records.append(Record(path, label, _name_below(folder, path), part))
     return records
 
 
@@ -266,11 +305,12 @@ def _part_and_label(above: Sequence[str]) -> tuple[str | None, str | None]:
     return part, rest[0] if rest else None
 
 
-def _by_names(folder: Path, columns: _Columns) -> list[Record]:
+def _by_names(folder: Path, columns: _Columns, spatial_dims: int) -> list[Record]:
     """One image for each folder with a file for each channel, known by a word of its name."""
     together = defaultdict(list)
-    for path in find_images(folder):
-        together[path.parent].append(path)
+    for path in _images_and_series(folder, spatial_dims):
+        if path != folder:
+            together[path.parent].append(path)
     records = []
     for place, paths in sorted(together.items()):
         found = [_with_word(paths, word) for word in columns.images]

@@ -29,10 +29,10 @@ _TOLERANCE = 0.01  # by which floating values may leave their range, as a share 
 class IntensityRule:
     """How gray values become [-1, 1].
 
-    `kind="dtype"` goes by how the values are stored: 8-bit values have the fixed range 0 to 255; floating values have
-    the range `float_range` where one is given; all others (12- and 16-bit x-rays, MR, ...) have no absolute meaning,
-    and each channel of each image is scaled between its own `percentiles`. `kind="window"` scales a fixed window (such
-    as Hounsfield units -1000 to 400) whatever the storage. Values beyond the ends are clipped.
+    `kind="dtype"` goes by how the values are stored: 8-bit values have the fixed range 0 to 255, booleans 0 to 1;
+    floating values have the range `float_range` where one is given; all others (12- and 16-bit x-rays, MR, ...) have no
+    absolute meaning, and each channel of each image is scaled between its own `percentiles`. `kind="window"` scales a
+    fixed window (such as Hounsfield units -1000 to 400) whatever the storage. Values beyond the ends are clipped.
 
     Args:
         kind: "dtype" or "window".
@@ -133,6 +133,8 @@ class IntensityRule:
             pair = self.window
         elif image.dtype == np.uint8:
             pair = (0.0, 255.0)
+        elif image.dtype == np.bool_:
+            pair = (0.0, 1.0)
         elif self.float_range is not None and np.issubdtype(image.dtype, np.floating):
             pair = self._checked_range(image)
         else:

@@ -17,11 +17,11 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-__all__ = ["EncodedLabels", "encode_labels"]
+__all__ = ["EncodedLabels", "encode_labels", "split_names"]
 
 _MISSING = frozenset({"", "nan", "-1", "-1.0"})
 _SEPARATOR = "|"
-_NO_FINDING = "no finding"  # in multi-label data: every label absent, and no class of its own
+NO_FINDING = "no finding"  # in multi-label data: every label absent, and no class of its own
 
 
 class EncodedLabels(NamedTuple):
@@ -42,7 +42,8 @@ def encode_labels(
 
     Args:
         labels: one per image; None or a string of the CSV, a number, or K numbers.
-        class_names: the classes in the order of the indices. None: from the labels (names are sorted).
+        class_names: the classes in the order of the indices, also joined by commas. None: from the labels (names are
+            sorted).
         names: names of the images, for messages.
         multi_label: read names as a set of labels even if no image has two of them. None: from the labels.
 
@@ -53,8 +54,9 @@ def encode_labels(
     Raises:
         ValueError: when a label is out of range, unknown or not of the same kind as the others; the message names the
             image.
+        TypeError: when `class_names` are neither a text nor a sequence.
     """
-    given = None if class_names is None else [str(name) for name in class_names]
+    given = None if class_names is None else list(split_names(class_names, "class_names"))
     if given is not None and len(set(given)) != len(given):
         raise ValueError(f"encode_labels: class_names holds a name twice: {', '.join(given)}.")
     if any(isinstance(label, (list, tuple)) for label in labels):
@@ -69,6 +71,26 @@ def encode_labels(
     if given is None:
         _refuse_numbers(texts, names)
     return _from_names(texts, given, names)
+
+
+def split_names(names: str | Sequence[Any], option: str) -> tuple[str, ...]:
+    """Names of classes or columns, also those joined by commas.
+
+    Args:
+        names: a text, or one name after the other.
+        option: what they are, for the message.
+
+    Returns:
+        the names.
+
+    Raises:
+        TypeError: for anything else.
+    """
+    if isinstance(names, str):
+        return tuple(name.strip() for name in names.split(","))
+    if not isinstance(names, Sequence):
+        raise TypeError(f"split_names: {option} must be a list of names, or names joined by commas, got {names!r}.")
+    return tuple(str(name) for name in names)
 
 
 def _text(label: Any) -> str:
@@ -136,14 +158,14 @@ def _from_sets(texts: Sequence[str], given: list[str] | None, names: Sequence[st
         None if text in _MISSING else [part.strip() for part in text.split(_SEPARATOR) if part.strip()]
         for text in texts
     ]
-    found = sorted({part for parts in sets for part in parts or () if part.casefold() != _NO_FINDING})
+    found = sorted({part for parts in sets for part in parts or () if part.casefold() != NO_FINDING})
     class_names = given or found or ["unlabelled"]
     index_of = _lookup(class_names, given is not None)
     vectors = []
     for parts, name in zip(sets, names, strict=True):
         vector = [-1.0 if parts is None else 0.0] * len(class_names)
         for part in parts or ():
-            if part.casefold() != _NO_FINDING:
+            if part.casefold() != NO_FINDING:
                 vector[_index(part, index_of, class_names, name)] = 1.0
         vectors.append(vector)
     return EncodedLabels(vectors, class_names, True)

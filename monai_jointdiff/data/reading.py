@@ -14,9 +14,10 @@
 Canonical order of the axes is channel, (depth,) rows, columns. MONAI's readers give columns, rows(, depth).
 
 ====================  ==================================================================================================
-JPEG, PNG, TIFF, BMP  `PILReader`, transposed to rows, columns; palettes and alpha are resolved
+JPEG, PNG, TIFF, BMP  `PILReader`, upright by their EXIF orientation, transposed to rows, columns; palettes and alpha
+                      are resolved
 DICOM                 `ITKReader`; MONOCHROME1 is inverted (by ITK: air is dark then), a single slice loses its third
-                      axis; a folder is read as one series
+                      axis; a folder is one series, and in 3D a single slice is refused
 NIfTI                 `NibabelReader`
 NRRD, MetaImage       `ITKReader`
 ====================  ==================================================================================================
@@ -30,7 +31,7 @@ stored. An image may lie in several files of one channel each, and a 2D image ma
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -50,15 +51,20 @@ __all__ = [
     "has_image_suffix",
     "image_size_tuple",
     "is_dicom",
+    "is_dicom_slice",
     "is_gray",
+    "named_or_is_dicom",
     "read_image",
     "read_volume",
     "resize_and_pad",
 ]
 
+pil_ops, _ = optional_import("PIL.ImageOps")
+
 PICTURE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff")
 NIFTI_ENDINGS = (".nii", ".nii.gz")
-_ITK = (".dcm", ".dicom", ".nrrd", ".nhdr", ".mha", ".mhd")
+_DICOM = (".dcm", ".dicom")
+_ITK = (*_DICOM, ".nrrd", ".nhdr", ".mha", ".mhd")
 _PIL_MODES = {
     "1": "L",
     "LA": "L",
@@ -74,6 +80,7 @@ _LUMINANCE = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601
 _COLORED = 16.0 / 255.0  # spread between channels, as a share of the range, from which a pixel counts as colored
 _MARKINGS = 0.05  # share of colored pixels up to which an image is a gray one with markings burnt in
 _APART = 0.5  # pixels by which two files of one image may lie apart
+_SEVERAL_SERIES = "(?s).*contains more than one DICOM series"  # what MONAI says
 _KEPT_VOLUMES = 2  # volumes that stay in memory, in each process, while slices are cut from them
 
 
@@ -122,6 +129,24 @@ def is_dicom(path: str | Path) -> bool:
     """Whether a file is DICOM by its content ("DICM" after a preamble of 128 bytes); its name need not say so."""
     with open(path, "rb") as file:
         return file.read(132)[128:] == b"DICM"
+
+
+def named_or_is_dicom(path: str | Path) -> bool:
+    """Whether a file is DICOM by its name or, if that is of no other kind, by its content."""
+    return str(path).lower().endswith(_DICOM) or (not has_image_suffix(path) and is_dicom(path))
+
+
+def is_dicom_slice(path: str | Path) -> bool:
+    """Whether a file is one slice: DICOM with a single frame. Only its header is read."""
+    if not named_or_is_dicom(path):
+        return False
+    itk, _ = optional_import("itk")
+    header = itk.GDCMImageIO.New(FileName=str(path))
+    try:
+        header.ReadImageInformation()
+    except RuntimeError:  # no image; the check of all files names it
+        return False
+    return bool(header.GetDimensions(2) == 1)
 
 
 def is_gray(image: np.ndarray) -> bool:
@@ -180,11 +205,17 @@ def _read(path: str | Path, spatial_dims: int | None, in_channels: int | None) -
                 f"it has {stored.array.ndim - 1} spatial axes {stored.array.shape[1:]}, spatial_dims is {spatial_dims}"
                 + hint
             )
+        if spatial_dims == 3 and 1 in stored.array.shape[1:] and (path.is_dir() or named_or_is_dicom(path)):
+            raise ValueError("it is a single DICOM slice, spatial_dims is 3; name the folder of the series")
         if stored.array.size == 0:
             raise ValueError(f"it has no pixels (shape {stored.array.shape})")
         if not np.isfinite(stored.array).all():
             raise ValueError("it holds NaN or infinite values")
         return stored._replace(array=_with_channels(stored.array, in_channels))
+    except UserWarning as error:
+        raise ValueError(
+            f"read_image: cannot use '{path}': it holds more than one DICOM series; give each a folder of its own."
+        ) from error
     except Exception as error:  # readers raise whatever they like, and mostly without the file's name
         raise ValueError(f"read_image: cannot use '{path}': {_one_line(error)}") from error
 
@@ -225,10 +256,15 @@ def _one_line(error: Exception) -> str:
 
 def _picture(path: Path) -> _Stored:
     """JPEG, PNG, TIFF, BMP: (columns, rows) or (columns, rows, channels) from PIL."""
-    reader = PILReader(converter=lambda image: image.convert(_PIL_MODES.get(image.mode, image.mode)))
+    reader = PILReader(converter=_upright)
     array, _ = reader.get_data(reader.read(path))
     array = array[..., None] if array.ndim == 2 else array
     return _Stored(np.ascontiguousarray(array.transpose(2, 1, 0)), np.eye(4))
+
+
+def _upright(image: Any) -> Any:
+    """A PIL image as viewers show it, with a mode whose values are intensities."""
+    return pil_ops.exif_transpose(image).convert(_PIL_MODES.get(image.mode, image.mode))
 
 
 def _volume(path: Path, spatial_dims: int | None) -> _Stored:
@@ -236,6 +272,7 @@ def _volume(path: Path, spatial_dims: int | None) -> _Stored:
     reader: ImageReader = NibabelReader() if path.name.lower().endswith(NIFTI_ENDINGS) else ITKReader()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        warnings.filterwarnings("error", message=_SEVERAL_SERIES)  # of which MONAI would take the first
         array, meta = reader.get_data(reader.read(str(path)))
     array = _native(array)
     has_channels = isinstance(meta.get("original_channel_dim"), int)
@@ -499,10 +536,12 @@ def image_size_tuple(image_size: int | Sequence[int], spatial_dims: int) -> tupl
         ValueError: when these are not `spatial_dims` positive whole numbers, or the axes not 2 or 3.
     """
     if spatial_dims not in (2, 3):
-        raise ValueError(f"spatial_dims must be 2 or 3, got {spatial_dims!r}.")
-    sizes = [image_size] * spatial_dims if isinstance(image_size, (int, np.integer)) else list(image_size)
+        raise ValueError(f"--spatial_dims must be 2 or 3, got {spatial_dims!r}.")
+    sizes = list(image_size) if isinstance(image_size, Iterable) else [image_size] * spatial_dims
     if len(sizes) != spatial_dims or not all(isinstance(n, (int, np.integer)) and n > 0 for n in sizes):
-        raise ValueError(f"image_size must be one positive whole number or {spatial_dims} of them, got {image_size!r}.")
+        raise ValueError(
+            f"--image_size must be one positive whole number or {spatial_dims} of them, got {image_size!r}."
+        )
     return tuple(int(n) for n in sizes)
 
 

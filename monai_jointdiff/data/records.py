@@ -58,6 +58,7 @@ class Found:
         intensity: rule that fits how the values are stored.
         class_names: names that the data bring with them, or None.
         channel_names: names of the channels, where the data say them; or None.
+        columns: options of columns that the reader went by, such as `label_column`.
     """
 
     records: list[Record]
@@ -66,3 +67,4 @@ class Found:
     intensity: IntensityRule
     class_names: list[str] | None = None
     channel_names: list[str] | None = None
+    columns: frozenset[str] = frozenset()

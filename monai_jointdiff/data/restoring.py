@@ -35,6 +35,7 @@ __all__ = ["OriginalGrid", "nifti_bytes", "original_grid"]
 nibabel, _ = optional_import("nibabel")
 orientations, _ = optional_import("nibabel.orientations")
 pil_image, _ = optional_import("PIL.Image")
+pil_ops, _ = optional_import("PIL.ImageOps")
 
 _AXIAL = (("L", "P", "S"), np.diag([-1.0, -1.0, 1.0, 1.0]))  # columns, rows, depth of canonical volumes
 
@@ -165,7 +166,7 @@ def original_grid(image: str | Path | ImageFiles | np.ndarray, spatial_dims: int
     path = Path(image)
     if path.name.lower().endswith(PICTURE_ENDINGS):
         with pil_image.open(path) as picture:
-            columns, rows = picture.size
+            columns, rows = pil_ops.exif_transpose(picture).size  # upright, as it is read
         return OriginalGrid.of_array((rows, columns))
     return _grid_of_volume(path, spatial_dims)
 

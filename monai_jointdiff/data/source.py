@@ -14,9 +14,10 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 from collections import Counter
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -28,10 +29,10 @@ from monai.transforms import Compose, Transform
 from monai_jointdiff.data.brain_phantoms import BrainPhantoms
 from monai_jointdiff.data.folder import read_folder
 from monai_jointdiff.data.intensity import IntensityRule
-from monai_jointdiff.data.labels import encode_labels
+from monai_jointdiff.data.labels import encode_labels, split_names
 from monai_jointdiff.data.medmnist import download_medmnist
 from monai_jointdiff.data.npz import read_npz
-from monai_jointdiff.data.phantoms import ChestPhantoms, Phantoms
+from monai_jointdiff.data.phantoms import ChestPhantoms, Phantom, Phantoms
 from monai_jointdiff.data.reading import Correction, ImagePreprocessing, image_size_tuple
 from monai_jointdiff.data.skin_phantoms import SkinPhantoms
 from monai_jointdiff.data.splits import complete_parts
@@ -54,7 +55,7 @@ class PrepareItem(Transform):
         phantoms: draws the images whose item holds a number.
     """
 
-    def __init__(self, prepare: ImagePreprocessing, phantoms: Phantoms | None = None) -> None:
+    def __init__(self, prepare: ImagePreprocessing, phantoms: Callable[[int], Phantom] | None = None) -> None:
         self.prepare = prepare
         self.phantoms = phantoms
 
@@ -104,7 +105,7 @@ class ImageSource:
         phantoms: draws the images, if they are phantoms.
         channel_names: names of the channels; None where they are not known.
         opened_with: the options of :func:`open_source` that say which images there are and how they are divided.
-        has_parts: whether the data themselves say of some image in which part it is; False: all parts were drawn.
+        given_parts: parts that are as the data say; all others were drawn, or lost images to those that were.
     """
 
     name: str
@@ -115,7 +116,7 @@ class ImageSource:
     phantoms: Phantoms | None = None
     channel_names: list[str] | None = None
     opened_with: Mapping[str, Any] = field(default_factory=dict)
-    has_parts: bool = True
+    given_parts: frozenset[str] = frozenset(PARTS)
 
     @property
     def spatial_dims(self) -> int:
@@ -156,7 +157,11 @@ class ImageSource:
             raise ValueError(f"ImageSource: {name!r} is no part; right are {', '.join((*PARTS, ALL))}.")
         if not self.items[name]:
             counts = ", ".join(f"{part} {len(self.items[part])}" for part in PARTS)
-            raise ValueError(f"ImageSource: the {name} part of {self.name} has no images ({counts}).")
+            raise ValueError(
+                f"ImageSource: the {name} part of {self.name} has no images ({counts}). Give it some, by the split "
+                "column of a CSV, folders or arrays named train, val and test; or add images, so that each part can be "
+                "drawn."
+            )
         return self.items[name]
 
     def preprocessing(self) -> Compose:
@@ -275,7 +280,7 @@ def open_source(
     *,
     spatial_dims: int = 2,
     image_size: int | Sequence[int] | None = None,
-    class_names: Sequence[str] | None = None,
+    class_names: str | Sequence[str] | None = None,
     seed: int = 0,
     image_column: str | Sequence[str] = "file",
     label_column: str | Sequence[str] = "label",
@@ -294,6 +299,7 @@ def open_source(
     mask_classes: Sequence[str] = ("absent", "present"),
     phantoms: str = "chest",
     phantom_counts: Sequence[int] = PHANTOM_COUNTS,
+    usual_columns: Mapping[str, str | Sequence[str] | None] | None = None,
 ) -> ImageSource:
     """Open a data set; what `dataset_dir` is decides the reader.
 
@@ -302,7 +308,7 @@ def open_source(
             is taken as the name of a folder.
         spatial_dims: 2 or 3.
         image_size: one number or one per axis. None: that of the `.npz`, 32 for phantoms, 64 (2D) or 32 (3D) for files.
-        class_names: names in the order of the labels. None: from the data.
+        class_names: names in the order of the labels, also joined by commas. None: from the data.
         seed: of the phantoms, and of parts that are drawn.
         image_column: column of the CSV with the file, relative to the folder; or several (also joined by commas), one
             for each channel.
@@ -325,17 +331,23 @@ def open_source(
             its volume.
         phantoms: which to draw, `chest`, `brain` or `skin`.
         phantom_counts: phantoms in train, val and test.
+        usual_columns: by option, columns that a program names unless its user names others. Like the defaults here they
+            do not matter where the data have no columns (phantoms, an `.npz`, a folder without a CSV); others are
+            refused there. None: the defaults only.
 
     Returns:
         the data set.
 
     Raises:
-        ValueError: when it cannot be read, or its content is not as it should be.
+        ValueError: when it cannot be read, its content is not as it should be, or columns are named and it has none.
+        TypeError: when names of classes or columns are neither a text nor a sequence.
     """
+    class_names = None if class_names is None else split_names(class_names, "class_names")
+    image_size_tuple(1 if image_size is None else image_size, spatial_dims)  # wrong ones are refused before all work
     opened_with: dict[str, Any] = {
         "seed": seed,
-        "image_column": _plain(image_column),
-        "label_column": _plain(label_column),
+        "image_column": _plain(image_column, "image_column"),
+        "label_column": _plain(label_column, "label_column"),
         "split_column": split_column,
         "patient_column": patient_column,
         "mask_column": mask_column,
@@ -348,6 +360,9 @@ def open_source(
         "phantom_counts": list(phantom_counts),
     }
     if dataset_dir is None:
+        _refuse_columns(
+            opened_with, usual_columns or {}, frozenset(), "phantoms have no CSV (other images: --dataset_dir)"
+        )
         drawn = make_phantoms(phantoms, spatial_dims, 32 if image_size is None else image_size, seed)
         source = _phantom_source(drawn, class_names, phantom_counts, _merged(IntensityRule(), intensity), correction)
         return replace(source, opened_with=opened_with).with_label_list(label_list)
@@ -366,6 +381,8 @@ def open_source(
         raise ValueError(
             f"open_source: there is no {path}; --dataset_dir takes a folder, an .npz file or medmnist:NAME."
         )
+    has_none = f"{path.resolve().name} has " + ("no CSV" if path.is_dir() else "arrays in the place of columns")
+    _refuse_columns(opened_with, usual_columns or {}, found.columns, has_none)
     records = found.records
     encoded = encode_labels(
         [record.label for record in records],
@@ -376,6 +393,7 @@ def open_source(
     groups = [record.patient for record in records] if any(record.patient for record in records) else None
     keys = [tuple(label) if isinstance(label, list) else label for label in encoded.labels]
     parts = complete_parts([record.part for record in records], keys, groups, seed)
+    moved = {record.part for record, part in zip(records, parts, strict=True) if record.part not in (None, part)}
     items: dict[str, list[dict[Hashable, Any]]] = {part: [] for part in PARTS}
     with_masks = all(record.mask is not None for record in records)
     for record, label, part in zip(records, encoded.labels, parts, strict=True):
@@ -402,13 +420,34 @@ def open_source(
         prepare,
         channel_names=found.channel_names if named else None,
         opened_with=opened_with,
-        has_parts=any(record.part is not None for record in records),
+        given_parts=frozenset(record.part for record in records if record.part is not None) - moved,
     )
     return source.with_label_list(label_list)
 
 
-def _plain(columns: str | Sequence[str]) -> str | list[str]:
-    return columns if isinstance(columns, str) else list(columns)
+def _refuse_columns(options: Mapping[str, Any], usual: Mapping[str, Any], used: frozenset[str], has_none: str) -> None:
+    """A user who names a column must not believe that it is used where the data have none."""
+    parameters = inspect.signature(open_source).parameters
+    named = {
+        name: value
+        for name, value in options.items()
+        if name.endswith("_column") and name not in used and value is not None
+    }
+    asked = []
+    for name, value in named.items():
+        known = [parameters[name].default, usual.get(name)]
+        if split_names(value, name) not in [split_names(one, name) for one in known if one is not None]:
+            asked.append(f"--{name} {','.join(split_names(value, name))}")
+    if asked:
+        raise ValueError(
+            f"open_source: {', '.join(asked)} cannot be used: {has_none}. Columns are those of a CSV in a folder of "
+            "images; without it sub-folders are parts and classes, and in an .npz the arrays {part}_labels, "
+            "{part}_patients and {part}_masks are what columns are. Leave the option out, or add a CSV."
+        )
+
+
+def _plain(columns: str | Sequence[str], option: str) -> str | list[str]:
+    return columns if isinstance(columns, str) else list(split_names(columns, option))
 
 
 def _merged(rule: IntensityRule, intensity: IntensityRule | Mapping[str, Any] | None) -> IntensityRule:

@@ -26,6 +26,7 @@ from .autoencoder import (
 from .bundle import (
     PretrainedReport,
     announce,
+    check_channels,
     check_image_size,
     check_options,
     class_weights,
@@ -102,6 +103,7 @@ from .semi_supervised import (
 )
 from .serving import (
     announce_model,
+    division_of,
     images_to_classify,
     load_trained,
     noise_items,
@@ -150,6 +152,7 @@ __all__ = [
     "autoencoder_arguments",
     "build_autoencoder",
     "check_autoencoder_folder",
+    "check_channels",
     "check_image_size",
     "check_options",
     "check_task",
@@ -161,6 +164,7 @@ __all__ = [
     "compare_generation",
     "conditional_description",
     "describe_autoencoder",
+    "division_of",
     "doubt",
     "draw_order",
     "draw_samples",

@@ -26,11 +26,13 @@ from torch import nn
 
 from monai_jointdiff.data import BalancedOrder, DrawOrder, ImageSource, ShuffledOrder, labelled_names
 from monai_jointdiff.engines.prepare_batch import TASKS
+from monai_jointdiff.handlers.utils import is_writing_process
 from monai_jointdiff.networks import HEADS
 
 __all__ = [
     "PretrainedReport",
     "announce",
+    "check_channels",
     "check_image_size",
     "check_options",
     "class_weights",
@@ -44,6 +46,17 @@ __all__ = [
     "load_weights",
 ]
 
+_ENCODER = ("conv_in", "time_embed", "down_blocks", "middle_block")
+_CLASS_CONDITION = "class_embedding"
+_LEAST = {  # options that are whole numbers, and the smallest that is right
+    "batch_size": 1,
+    "epochs": 1,
+    "latent_channels": 1,
+    "num_samples": 0,
+    "num_workers": 0,
+    "patience": 1,
+    "val_interval": 1,
+}
 _WORDS = {"null": None, "none": None, "true": True, "false": False}
 
 
@@ -145,7 +158,7 @@ def class_weights(items: Sequence[Mapping[str, Any]], num_classes: int, balance:
 
 
 def announce(source: ImageSource, ckpt_dir: str | Path, output_dir: str | Path, preflight: bool = True) -> None:
-    """Say where the data come from and where results go, then check all files.
+    """Say where the data come from and where results go (in the first process), then check all files.
 
     MONAI ignores a misspelt option without a word: this is where a user sees that `--datset_dir` was not understood.
 
@@ -158,8 +171,9 @@ def announce(source: ImageSource, ckpt_dir: str | Path, output_dir: str | Path, 
     Raises:
         ValueError: naming all files that cannot be read.
     """
-    print(f"{source.summary()}\nweights: {ckpt_dir}\nresults: {output_dir}", flush=True)
-    if preflight:
+    if is_writing_process():
+        print(f"{source.summary()}\nweights: {ckpt_dir}\nresults: {output_dir}", flush=True)
+    if preflight:  # in every process, so that all of them stop
         source.preflight()
 
 
@@ -170,8 +184,7 @@ def check_options(
     task: str = "joint",
     head: str = "standardized",
     frozen_without_weights: bool = False,
-    num_workers: int = 0,
-    **counts: float | None,
+    **numbers: float | None,
 ) -> None:
     """Refuse options that would be ignored or fail late.
 
@@ -183,8 +196,8 @@ def check_options(
             gradient, and DistributedDataParallel wants one of every weight.
         head: variant of the head, one of :data:`~monai_jointdiff.networks.HEADS`.
         frozen_without_weights: the encoder is to be frozen, but nothing is loaded into it. Refused.
-        num_workers: processes that load images, 0 or more.
-        counts: numbers that must be positive, or None.
+        numbers: None, or numbers that must be positive; of the options that count something, whole numbers, of
+            `num_samples` and `num_workers` 0 or more.
 
     Raises:
         ValueError: naming the option and what is right.
@@ -206,11 +219,52 @@ def check_options(
         )
     if frozen_without_weights:
         raise ValueError("check_options: --freeze_encoder needs --pretrained: it would freeze random weights.")
-    if num_workers < 0:
-        raise ValueError(f"check_options: --num_workers must be at least 0, got {num_workers!r}.")
-    for name, value in counts.items():
-        if value is not None and not value > 0:
-            raise ValueError(f"check_options: --{name} must be greater than 0, got {value!r}.")
+    for name, value in numbers.items():
+        if value is not None:
+            _check_number(name, value)
+
+
+def _check_number(name: str, value: Any) -> None:
+    """Refuse an option that is no number of the right kind, or out of range."""
+    if name in _LEAST:
+        right = isinstance(value, (int, np.integer)) and not isinstance(value, bool) and value >= _LEAST[name]
+        wanted = f"a whole number of at least {_LEAST[name]}"
+    else:
+        right = isinstance(value, (int, float, np.number)) and not isinstance(value, bool) and value > 0
+        wanted = "a number greater than 0"
+    if not right:
+        raise ValueError(f"check_options: --{name} must be {wanted}, got {value!r}.")
+
+
+def check_channels(channels: Sequence[int], norm_num_groups: int, num_head_channels: int | Sequence[int]) -> None:
+    """Refuse channels of which no network can be built, before the data are read.
+
+    Args:
+        channels: of the network, one number for each level.
+        norm_num_groups: groups of its normalization, which divide the channels of every level.
+        num_head_channels: channels of an attention head, one number or one for each level; the last level has
+            attention.
+
+    Raises:
+        ValueError: naming the option and what is right.
+    """
+    counts = isinstance(channels, Sequence) and all(type(number) is int and number > 0 for number in channels)
+    if not counts or not channels:
+        raise ValueError(
+            "check_channels: --channels must be a list of positive whole numbers, one for each level of the network, "
+            f'like "[16, 32, 64]", got {channels!r}.'
+        )
+    if any(number % norm_num_groups for number in channels):
+        raise ValueError(
+            f"check_channels: each number of --channels must be a multiple of {norm_num_groups}, the groups of the "
+            f"normalization, got {list(channels)}."
+        )
+    head = num_head_channels if isinstance(num_head_channels, int) else num_head_channels[-1]
+    if channels[-1] % head:
+        raise ValueError(
+            f"check_channels: the last number of --channels must be a multiple of {head}, the channels of an attention "
+            f"head, got {list(channels)}; or give --network_def#num_head_channels a number that divides it."
+        )
 
 
 def check_image_size(image_size: Sequence[int], num_levels: int, name: str = "--image_size") -> None:
@@ -334,25 +388,43 @@ def load_pretrained(network: nn.Module, path: str | Path | None) -> PretrainedRe
     if not fits:
         raise ValueError(f"load_pretrained: no tensor of {path} fits {type(network).__name__}.")
     network.load_state_dict(fits, strict=False)
-    print(report)
+    if is_writing_process():
+        print(report)
     return report
 
 
-def freeze_encoder(network: nn.Module, freeze: bool = True) -> list[nn.Parameter]:
+def freeze_encoder(
+    network: nn.Module, freeze: bool = True, report: PretrainedReport | None = None
+) -> list[nn.Parameter]:
     """Stop the encoder (input convolution, time and class embedding, down and middle blocks) from learning.
+
+    A class embedding that the pretrained file did not fill learns all the same: the class condition is then new.
 
     Args:
         network: a :class:`~monai_jointdiff.networks.JointDiffusionUNet`, changed in place.
         freeze: False leaves everything trainable.
+        report: what :func:`load_pretrained` filled; None: all of the network has weights, or gets them from the
+            checkpoint of a resumed run.
 
     Returns:
         the parameters that still learn, for the optimizer.
+
+    Raises:
+        ValueError: when the pretrained file left a part of the encoder at random; the message names the keys.
     """
+    random = [] if report is None else sorted({*report.missing, *report.mismatched})
     if freeze:
-        for name in ("conv_in", "time_embed", "class_embedding", "down_blocks", "middle_block"):
-            part: Any = getattr(network, name, None)
-            if part is not None:
-                part.requires_grad_(False)
+        encoder = [key for key in random if key.split(".")[0] in _ENCODER]
+        if encoder:
+            raise ValueError(
+                "freeze_encoder: the pretrained file does not fill the encoder, and --freeze_encoder would keep random "
+                f"weights of {len(encoder)} tensors ({', '.join(encoder)}). Give the network the levels, channels and "
+                "blocks of the file, or train its encoder, too (--freeze_encoder false)."
+            )
+        for name, parameter in network.named_parameters():
+            part = name.split(".")[0]
+            if part in _ENCODER or (part == _CLASS_CONDITION and name not in random):
+                parameter.requires_grad_(False)
     return [parameter for parameter in network.parameters() if parameter.requires_grad]
 
 

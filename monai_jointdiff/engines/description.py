@@ -96,6 +96,7 @@ class ModelDescription:
         autoencoder: on whose latents the network works, its weights being `autoencoder.pt` beside `model.pt`; None: it
             works on images.
         task: what it was trained for: `joint`, or `denoise` or `classify` alone.
+        division: :func:`~monai_jointdiff.engines.division_of` the data it was trained on; None: not recorded.
 
     Raises:
         ValueError: for another task.
@@ -108,6 +109,7 @@ class ModelDescription:
     trained: bool = True
     autoencoder: AutoencoderDescription | None = None
     task: str = "joint"
+    division: str | None = None
 
     def __post_init__(self) -> None:
         if self.task not in TASKS:
@@ -221,6 +223,7 @@ class ModelDescription:
             trained=bool(content["trained"]),
             autoencoder=None if autoencoder is None else AutoencoderDescription.from_dict(autoencoder),
             task=content.get("task", "joint"),  # files written before there was a choice
+            division=content.get("division"),  # files written before it was recorded
         )
 
     @classmethod

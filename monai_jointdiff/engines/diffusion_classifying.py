@@ -31,8 +31,8 @@ from monai_jointdiff.data import find_images
 from monai_jointdiff.engines.bundle import json_word
 from monai_jointdiff.engines.description import Decision, ModelDescription
 from monai_jointdiff.engines.explaining import NamedImagesPrepareBatch, spread
-from monai_jointdiff.engines.reporting import in_words
-from monai_jointdiff.engines.serving import images_to_classify, source_of_model
+from monai_jointdiff.engines.reporting import in_words, notes_on_patients, resampling
+from monai_jointdiff.engines.serving import images_to_classify, part_in_words, source_of_model
 from monai_jointdiff.handlers.atomic import atomic_write_text
 from monai_jointdiff.handlers.diffusion_classification import DiffusionPredictionCollector, DiffusionPredictions
 from monai_jointdiff.inferers import (
@@ -108,15 +108,18 @@ class ImagesToDecide:
         items: `image`, `label` (-1 where unknown) and `name` of each.
         reference: items as well; none where the images themselves are the reference.
         reference_name: what the reference is, in words.
+        extent: which images are classified, in words; empty: all that were given.
     """
 
     items: list[dict[Hashable, Any]]
     reference: list[dict[Hashable, Any]]
     reference_name: str
+    extent: str = ""
 
     def __str__(self) -> str:
         count = f" ({len(self.reference)} images)" if self.reference else ""
-        return f"abstention is chosen on {self.reference_name}{count}"
+        extent = f"{self.extent}\n" if self.extent else ""
+        return f"{extent}abstention is chosen on {self.reference_name}{count}"
 
 
 def images_to_decide(
@@ -137,7 +140,7 @@ def images_to_decide(
     Args:
         dataset_dir: as for :func:`~monai_jointdiff.engines.images_to_classify`.
         description: of the model.
-        part: `train`, `val` or `test`, of data with labels.
+        part: `train`, `val` or `test`, of data with labels; `all`: all of them, which are then their own reference.
         reference_dir: other images as the reference, labelled or not; None (`null`): those above.
         limit: number of images at most, evenly spread over all; None (`null`): all.
         reference_limit: the same for the reference.
@@ -148,16 +151,17 @@ def images_to_decide(
         both lists.
 
     Raises:
-        ValueError: when there are no images, they do not fit the model, or a limit is below 1.
+        ValueError: when there are no images, they do not fit the model, a limit is below 1, or the part is drawn
+            otherwise than for the training.
     """
     reference: list[dict[Hashable, Any]] = []
-    reference_name = "the images themselves"
+    reference_name, extent = "the images themselves", ""
     options = {key: json_word(value) for key, value in options.items()}
     mask_column = options.get("mask_column") or description.data.get("opened_with", {}).get("mask_column")
     if _has_labels(dataset_dir, description.class_names, with_masks=mask_column is not None):
         source = source_of_model(description, dataset_dir, **options)
-        items = source.part(part)
-        if part != "val" and source.items["val"]:
+        items, extent = source.part(part), part_in_words(source, part, description)
+        if part not in ("val", "all") and source.items["val"]:
             reference, reference_name = source.part("val"), f"the validation part of {source.name}"
     else:
         items = images_to_classify(dataset_dir, description, **options)
@@ -165,7 +169,7 @@ def images_to_decide(
         reference = images_to_classify(reference_dir, description, **options)
         reference_name = Path(str(reference_dir)).name
     items, reference = spread(items, limit), spread(reference, reference_limit, "--reference_limit")
-    return ImagesToDecide(items, reference, reference_name)
+    return ImagesToDecide(items, reference, reference_name, extent)
 
 
 def _has_labels(dataset_dir: str | int | None, class_names: Sequence[str], with_masks: bool) -> bool:
@@ -464,21 +468,22 @@ class _Questions:
     Args:
         probabilities: (M, K) of the answers; of a label of its absence and its presence.
         labels: (M,), -1 where unknown.
-        images: (M,) number of the image.
+        groups: (M,) key of the image, or of its patient where several images are of one.
     """
 
     probabilities: np.ndarray
     labels: np.ndarray
-    images: np.ndarray
+    groups: np.ndarray
 
     @classmethod
-    def of(cls, probabilities: Any, labels: np.ndarray) -> _Questions:
+    def of(cls, probabilities: Any, labels: np.ndarray, patients: Sequence[str] | None) -> _Questions:
         values = np.asarray(probabilities, dtype=np.float64)
+        groups = np.arange(len(labels)) if patients is None else np.asarray(patients)
         if labels.ndim == 1:
-            return cls(values, labels.astype(np.int64), np.arange(len(labels)))
+            return cls(values, labels.astype(np.int64), groups)
         present = values.ravel()
-        images = np.repeat(np.arange(len(labels)), labels.shape[1])
-        return cls(np.stack([1 - present, present], axis=1), labels.ravel().astype(np.int64), images)
+        groups = np.repeat(groups, labels.shape[1])
+        return cls(np.stack([1 - present, present], axis=1), labels.ravel().astype(np.int64), groups)
 
     @property
     def known(self) -> np.ndarray:
@@ -492,7 +497,7 @@ class _Questions:
             decided=answers.ravel(),
             bootstrap=bootstrap,
             seed=seed,
-            groups=self.images,
+            groups=self.groups,
         )
 
     def accuracies(self, answers: Mapping[str, np.ndarray], bootstrap: int, seed: int) -> dict[str, Interval]:
@@ -503,7 +508,7 @@ class _Questions:
             return {name: weights @ values / weights.sum(axis=1) for name, values in right.items()}
 
         count = int(self.known.sum())
-        return bootstrap_intervals(statistics, count, bootstrap, seed, groups=self.images[self.known])
+        return bootstrap_intervals(statistics, count, bootstrap, seed, groups=self.groups[self.known])
 
 
 class DiffusionClassificationReporter:
@@ -624,55 +629,57 @@ class DiffusionClassificationReporter:
 
     def _evaluate(self, predictions: DiffusionPredictions, abstained: np.ndarray) -> None:
         """Figures and pictures of images with labels."""
-        result, labels = predictions.result, predictions.labels
-        questions = _Questions.of(result.probabilities, labels)
+        result, labels, patients = predictions.result, predictions.labels, predictions.groups
+        options = resampling(patients, self.bootstrap, self.seed)
+        questions = _Questions.of(result.probabilities, labels, patients)
         answers = np.asarray(result.prediction)
-        selective = questions.report(doubt(result, self.inferer.rule), answers, self.bootstrap, self.seed)
+        selective = questions.report(doubt(result, self.inferer.rule), answers, options["bootstrap"], self.seed)
         curves = {_CLASSIFIER: selective.curve}
         answered = questions.known & ~abstained.ravel()
         right = answers.ravel() == questions.labels
         self.summary["labelled"] = int(questions.known.sum())
         self.summary["accuracy_of_answered"] = float(right[answered].mean()) if answered.any() else None
         self.summary["selective"] = selective.as_dict()
-        self.summary |= self._figures(np.asarray(result.probabilities), labels)
+        self.summary |= self._figures(np.asarray(result.probabilities), labels, options)
+        if notes := notes_on_patients(patients):
+            self.summary["notes"] = notes
         if self.calibration is not None:
             calibrated = np.asarray(result.calibrated(self.calibration.temperature))
-            self.summary["calibrated"] |= self._figures(calibrated, labels)
-        points = self._accuracy_by_calls(result, questions)
+            self.summary["calibrated"] |= self._figures(calibrated, labels, options)
+        points = self._accuracy_by_calls(result, questions, options["bootstrap"])
         if result.head_probabilities is not None:
-            head = _Questions.of(result.head_probabilities, labels)
+            head = _Questions.of(result.head_probabilities, labels, patients)
             probabilities = np.asarray(result.head_probabilities)
             said = self.description.decision.classes(probabilities, result.multi_label).ravel()
             doubts = 1 - head.probabilities[np.arange(len(said)), said]
-            report = head.report(doubts, said, self.bootstrap, self.seed)
+            report = head.report(doubts, said, options["bootstrap"], self.seed)
             curves["head"] = report.curve
-            figures = self._figures(probabilities, labels)
+            figures = self._figures(probabilities, labels, options)
             self.summary["head"] = {"selective": report.as_dict(), **figures}
             points["head"] = {1.0: report.accuracy[0]}
         save_figure(risk_coverage_figure(curves), self.output_dir / "risk_coverage.png")
         if self.inferer.head != "prior":
             save_figure(accuracy_against_calls_figure(points), self.output_dir / "accuracy_against_calls.png")
 
-    def _figures(self, probabilities: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+    def _figures(self, probabilities: np.ndarray, labels: np.ndarray, options: Mapping[str, Any]) -> dict[str, Any]:
         """What depends on the probabilities themselves."""
         report = classification_report(
             probabilities,
             labels,
             class_names=self.description.class_names,
             multi_label=self.description.multi_label,
-            bootstrap=self.bootstrap,
-            seed=self.seed,
+            **options,
         )
         return {name: getattr(report, name).as_dict() for name in ("auc", "ece", "brier")}
 
     def _accuracy_by_calls(
-        self, result: DiffusionClassifierResult, questions: _Questions
+        self, result: DiffusionClassifierResult, questions: _Questions, bootstrap: int
     ) -> dict[str, dict[float, Interval]]:
         """Accuracy of the first draws by the mean number of network calls that they need."""
         counts = [count for count in _FIRST_DRAWS if count < self.inferer.num_draws] + [self.inferer.num_draws]
         rule = self.inferer.rule
         answers = {str(count): np.asarray(answers_of_first_draws(result, count, rule)) for count in counts}
-        accuracies = questions.accuracies(answers, self.bootstrap, self.seed)
+        accuracies = questions.accuracies(answers, bootstrap, self.seed)
         asked = float(result.head_probabilities is not None)
         evaluated = (~result.draw_errors.isnan()).flatten(1, -2).sum(dim=1).cumsum(dim=1).double().mean(dim=0) + asked
         points = {float(evaluated[count - 1]): accuracies[str(count)] for count in counts}

@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from monai_jointdiff.data.labels import NO_FINDING
 from monai_jointdiff.engines.description import Decision, ModelDescription
 from monai_jointdiff.handlers.atomic import atomic_write_text
 from monai_jointdiff.handlers.predictions import Predictions
@@ -45,7 +46,7 @@ from monai_jointdiff.visualize import (
     save_figure,
 )
 
-__all__ = ["ClassificationReporter", "choose_decision", "write_predictions_csv"]
+__all__ = ["ClassificationReporter", "choose_decision", "notes_on_patients", "resampling", "write_predictions_csv"]
 
 _FEWEST_PATIENTS = 10  # percentiles over fewer resampled groups cover well below 95 %
 
@@ -114,13 +115,30 @@ def write_predictions_csv(predictions: Predictions, description: ModelDescriptio
 
 
 def in_words(value: Any, names: Sequence[str]) -> str:
-    """A class index (or a multi-hot row) as class names; empty where unknown."""
+    """A class index (or a multi-hot row) as class names, as `encode_labels` reads them; empty where unknown."""
     if np.ndim(value) == 0:
         return names[int(value)] if value >= 0 else ""
-    return "|".join(name for name, hot in zip(names, value, strict=True) if hot == 1)
+    found = "|".join(name for name, hot in zip(names, value, strict=True) if hot == 1)
+    return NO_FINDING if (np.asarray(value) == 0).all() else found
 
 
-def _notes_on_patients(groups: Sequence[str] | None) -> list[str]:
+def resampling(groups: Sequence[str] | None, bootstrap: int, seed: int) -> dict[str, Any]:
+    """How intervals are made: of resampled images, or of resampled patients where several images are of one.
+
+    Args:
+        groups: keys of images that belong together, None: no two images do.
+        bootstrap: number of resamples.
+        seed: of the resamples.
+
+    Returns:
+        `bootstrap`, `seed` and `groups` for the reports of `monai_jointdiff.metrics`; no resamples of fewer than ten
+        patients, whose percentiles would promise too much.
+    """
+    too_few = groups is not None and len(set(groups)) < _FEWEST_PATIENTS
+    return {"bootstrap": 0 if too_few else bootstrap, "seed": seed, "groups": groups}
+
+
+def notes_on_patients(groups: Sequence[str] | None) -> list[str]:
     """How images of one patient were taken into account."""
     if groups is None:
         return []
@@ -178,13 +196,7 @@ class ClassificationReporter:
             raise ValueError(
                 f"{type(self).__name__}: no image of {self._part_in_words()} has a label to evaluate against."
             )
-        groups = labelled.groups
-        too_few = groups is not None and len(set(groups)) < _FEWEST_PATIENTS
-        resampling: dict[str, Any] = {
-            "bootstrap": 0 if too_few else self.bootstrap,
-            "seed": self.seed,
-            "groups": groups,
-        }
+        options = resampling(labelled.groups, self.bootstrap, self.seed)
         probabilities = description.decision.probabilities(labelled.logits, description.multi_label)
         report = classification_report(
             probabilities,
@@ -192,16 +204,16 @@ class ClassificationReporter:
             thresholds=description.decision.thresholds,
             class_names=description.class_names,
             multi_label=description.multi_label,
-            **resampling,
+            **options,
         )
-        self.report = replace(report, notes=(*report.notes, *_notes_on_patients(groups)))
+        self.report = replace(report, notes=(*report.notes, *notes_on_patients(labelled.groups)))
         self.selective = selective_report(
             probabilities,
             predictive_entropy(probabilities, description.multi_label),
             labelled.labels,
             decided=description.decision.classes(probabilities, description.multi_label),
             multi_label=description.multi_label,
-            **resampling,
+            **options,
         )
         self._write_numbers(description)
         self._draw(description, probabilities, labelled.labels)

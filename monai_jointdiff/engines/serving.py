@@ -13,7 +13,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence, Sized
+import hashlib
+import json
+from collections.abc import Callable, Hashable, Mapping, Sequence, Sized
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,8 @@ from torch import nn
 from monai_jointdiff.data import (
     ImagePreprocessing,
     ImageSource,
+    Phantom,
+    Phantoms,
     PrepareItem,
     SliceRule,
     list_images,
@@ -39,6 +44,7 @@ from monai_jointdiff.transforms import N4BiasFieldCorrection
 
 __all__ = [
     "announce_model",
+    "division_of",
     "images_to_classify",
     "load_trained",
     "noise_items",
@@ -159,7 +165,9 @@ def source_of_model(description: ModelDescription, dataset_dir: str | int | None
     data = description.data
     fixed = {key: data[key] for key in _OF_THE_MODEL} | {"correction": _correction(data)}
     given = {key: value for key, value in options.items() if value is not None}
-    source = open_source(dataset_dir, **fixed, **{**data.get("opened_with", {}), **given})
+    trained = data.get("opened_with", {})
+    usual = {key: value for key, value in trained.items() if key.endswith("_column")}
+    source = open_source(dataset_dir, **fixed, **{**trained, **given}, usual_columns=usual)
     if source.multi_label != description.multi_label:
         kinds = {True: "several labels", False: "one class"}
         raise ValueError(
@@ -169,27 +177,61 @@ def source_of_model(description: ModelDescription, dataset_dir: str | int | None
     return source
 
 
-def part_in_words(source: ImageSource, part: str) -> str:
+def division_of(source: ImageSource) -> str:
+    """Hash of which images train and which test, by which a model knows the data it was trained on.
+
+    The validation part does not count: a training with few labels leaves some of it out
+    (:func:`~monai_jointdiff.data.open_with_few_labels`).
+
+    Args:
+        source: the data.
+
+    Returns:
+        `sha256:` and 64 digits.
+    """
+    names = {part: sorted(str(item["name"]) for item in source.items[part]) for part in ("train", "test")}
+    return f"sha256:{hashlib.sha256(json.dumps(names).encode()).hexdigest()}"
+
+
+def part_in_words(source: ImageSource, part: str, description: ModelDescription) -> str:
     """What is evaluated, for the user to see how much of the data it is.
+
+    A part that is drawn exists only of the data of the training, unchanged: one more image, or another label, and the
+    seed draws all parts anew, training images into the test part.
 
     Args:
         source: labelled data.
         part: `train`, `val`, `test` or `all`.
+        description: of the model that is evaluated.
 
     Returns:
         a sentence.
 
     Raises:
-        ValueError: for another part, or one without images.
+        ValueError: for another part, or one without images; for a part drawn otherwise than for the training.
     """
     count, total = len(source.part(part)), len(source.part("all"))
     if part == "all":
         return f"evaluated: all {total} images"
-    drawn = "" if source.has_parts else ", drawn by the seed as for training"
+    drawn = "" if part in source.given_parts else _how_drawn(source, part, description)
     return (
         f"evaluated: the {part} part{drawn}: {count} of {total} images "
         "(of data that the model was not trained on take all: --part all)"
     )
+
+
+def _how_drawn(source: ImageSource, part: str, description: ModelDescription) -> str:
+    """How a part that the data do not name was drawn, in words."""
+    if description.division is None:
+        return ", drawn by the seed (whether as for training is not recorded)"
+    if description.division != division_of(source):
+        raise ValueError(
+            f"part_in_words: {source.name} does not say which images are its {part} part, and they are not those of "
+            "the training, or divided otherwise: a part drawn by the seed could hold training images. Of data that "
+            "the model was not trained on take all: --part all. Where images, labels or patients were added or changed "
+            "since the training, a split column must say which images it was trained on."
+        )
+    return ", drawn by the seed as for training"
 
 
 def images_to_classify(
@@ -199,7 +241,7 @@ def images_to_classify(
 
     Args:
         dataset_dir: an image file; a folder, with all image files in it and its sub-folders; what :func:`open_source`
-            takes otherwise: its test part, or all images where the data do not say in which part they are.
+            takes otherwise: its test part, or all images where the data do not say which are in it.
         description: of the model.
         seed: of the phantoms; None: that of the training.
         options: those of :func:`~monai_jointdiff.data.open_source` that say which files make up an image and how
@@ -215,11 +257,12 @@ def images_to_classify(
     path = None if dataset_dir is None else Path(str(dataset_dir))
     if path is None or path.suffix == ".npz" or not path.exists():
         source = source_of_model(description, dataset_dir, seed=seed, **options)
-        return list(source.part("test" if source.has_parts else "all"))
+        return list(source.part("test" if "test" in source.given_parts else "all"))
     given = {key: value for key, value in options.items() if value is not None}
     known = {**description.data.get("opened_with", {}), **given}
-    slices = SliceRule.from_options(known) if description.data["spatial_dims"] == 2 else None
-    records = list_images(path, known.get("image_column", "file"), slices, given.get("mask_column"))
+    columns, spatial_dims = known.get("image_column", "file"), description.data["spatial_dims"]
+    slices = SliceRule.from_options(known) if spatial_dims == 2 else None
+    records = list_images(path, columns, slices, given.get("mask_column"), spatial_dims)
     if not records:
         raise ValueError(f"images_to_classify: {path} holds no images (JPEG, PNG, DICOM, NIfTI, NRRD).")
     missing: Any = [-1.0] * len(description.class_names) if description.multi_label else -1
@@ -238,13 +281,28 @@ def preprocessing_of_model(description: ModelDescription, seed: int | None = Non
         seed: of the phantoms, for items that are numbers of phantoms; None: that of the training.
 
     Returns:
-        a transform of items.
+        a transform of items. Phantoms are made when the first of their numbers comes: a model of images may have a size
+        of which there are none.
     """
     data = description.data
     opened_with = data.get("opened_with", {})
     seed = opened_with.get("seed", 0) if seed is None else seed
-    phantoms = make_phantoms(opened_with.get("phantoms", "chest"), data["spatial_dims"], data["image_size"], seed)
+    kind = opened_with.get("phantoms", "chest")
+    phantoms = _PhantomsWhenAsked(partial(make_phantoms, kind, data["spatial_dims"], data["image_size"], seed))
     return Compose([PrepareItem(ImagePreprocessing.from_description(data, _correction(data)), phantoms)])
+
+
+class _PhantomsWhenAsked:
+    """Draws phantoms like what `make` gives, which is called for the first of them."""
+
+    def __init__(self, make: Callable[[], Phantoms]) -> None:
+        self._make = make
+        self._phantoms: Phantoms | None = None
+
+    def __call__(self, number: int) -> Phantom:
+        if self._phantoms is None:
+            self._phantoms = self._make()
+        return self._phantoms(number)
 
 
 def _correction(data: Mapping[str, Any]) -> N4BiasFieldCorrection | None:

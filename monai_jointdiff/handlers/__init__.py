@@ -30,7 +30,7 @@ from .gradients import GradientClipping, NonFiniteGuard
 from .group_schedules import GroupLearningRateSchedule
 from .image_writer import ImageWriter
 from .loss_terms import LossTerms
-from .predictions import PredictionCollector, Predictions
+from .predictions import PredictionCollector, Predictions, patient_groups
 from .pseudo_labels import PseudoLabelRound, PseudoLabelRounds
 from .sample_images import FixedNoiseSampler, SampleImages
 from .schedules import LearningRateSchedule, UnlabelledWeightSchedule, WeightSchedule
@@ -67,6 +67,7 @@ __all__ = [
     "atomic_save",
     "atomic_write_text",
     "join_results",
+    "patient_groups",
     "read_counterfactual_records",
     "sweep_partial_files",
 ]

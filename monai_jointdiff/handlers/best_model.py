@@ -61,6 +61,7 @@ class BestModel:
         value: the metric of the weights kept, None before the first.
         epoch: of the training when it was reached.
         iteration: of the training when it was reached; None if `model` is a network, which does not know it.
+        validated: epoch of the last validation, None before the first.
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class BestModel:
         self.value: float | None = None
         self.epoch: int | None = None
         self.iteration: int | None = None
+        self.validated: int | None = None
         self._weights: dict[str, Tensor] | None = None
         self._before_first = before_first
 
@@ -105,6 +107,7 @@ class BestModel:
                 f"BestModel: the evaluator has no metric '{self.metric_name}', it has {sorted(engine.state.metrics)}."
             )
         value = float(engine.state.metrics[self.metric_name])
+        self.validated = engine.state.epoch
         if not self.is_better(value):
             return
         self.value, self.epoch, self.iteration = value, engine.state.epoch, self._iteration()
@@ -118,8 +121,14 @@ class BestModel:
         return value > self.value if self.larger_is_better else value < self.value
 
     def state_dict(self) -> dict[str, Any]:
-        """Best value, its place in the training and its weights."""
-        return {"value": self.value, "epoch": self.epoch, "iteration": self.iteration, "weights": self._weights}
+        """Best value, its place in the training and its weights, and when the last validation was."""
+        return {
+            "value": self.value,
+            "epoch": self.epoch,
+            "iteration": self.iteration,
+            "validated": self.validated,
+            "weights": self._weights,
+        }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on from a saved state, and write the file it belongs to.
@@ -128,6 +137,7 @@ class BestModel:
             state_dict: as of :meth:`state_dict`.
         """
         self.value, self.epoch, self.iteration = (state_dict[key] for key in ("value", "epoch", "iteration"))
+        self.validated = state_dict.get("validated", self.epoch)  # files written before it was remembered
         self._weights = state_dict["weights"]
         if self._weights is not None:
             self._write()

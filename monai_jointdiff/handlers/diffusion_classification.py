@@ -24,6 +24,7 @@ import torch
 from ignite.engine import Engine, Events
 from monai.utils import CommonKeys
 
+from monai_jointdiff.handlers.predictions import patient_groups
 from monai_jointdiff.inferers import DenoisingProfile, DiffusionClassifierResult
 from monai_jointdiff.visualize import evidence_panel, save_png
 
@@ -45,7 +46,7 @@ def join_results(results: Sequence[DiffusionClassifierResult]) -> DiffusionClass
     for part in fields(DiffusionClassifierResult):
         values = [getattr(result, part.name) for result in results]
         joined[part.name] = torch.cat(values) if isinstance(values[0], torch.Tensor) else None
-    joined.update(seconds=sum(result.seconds for result in results), evidence=None)
+    joined.update(seconds=sum(result.seconds for result in results), evidence=None, timesteps=results[0].timesteps)
     return DiffusionClassifierResult(**joined)
 
 
@@ -58,12 +59,19 @@ class DiffusionPredictions:
         labels: (N,) int64, -1 where unknown; multi-label: (N, K), -1 where an entry is unknown.
         result: for all images, without maps of evidence.
         profiles: (N, D) denoising profiles of the images; None where they were not asked for.
+        patients: patient of each image, empty where it is not known. None: none is.
     """
 
     names: list[str]
     labels: np.ndarray
     result: DiffusionClassifierResult
     profiles: torch.Tensor | None = None
+    patients: list[str] | None = None
+
+    @property
+    def groups(self) -> list[str] | None:
+        """Keys of images that belong together, see :func:`~monai_jointdiff.handlers.patient_groups`."""
+        return patient_groups(self.patients)
 
 
 class DiffusionPredictionCollector:
@@ -89,6 +97,7 @@ class DiffusionPredictionCollector:
         self._labels: list[torch.Tensor] = []
         self._results: list[DiffusionClassifierResult] = []
         self._profiles: list[torch.Tensor] = []
+        self._patients: list[str] = []
 
     def attach(self, engine: Engine) -> None:
         """Register with an evaluator that does not decollate (`decollate: false`)."""
@@ -97,7 +106,7 @@ class DiffusionPredictionCollector:
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._finish)
 
     def _reset(self, engine: Engine) -> None:
-        self._names, self._labels, self._results, self._profiles = [], [], [], []
+        self._names, self._labels, self._results, self._profiles, self._patients = [], [], [], [], []
 
     def _collect(self, engine: Engine) -> None:
         output: Any = engine.state.output
@@ -105,6 +114,7 @@ class DiffusionPredictionCollector:
         result: DiffusionClassifierResult = output["pred"]
         self._results.append(join_results([result]))
         self._names.extend(batch["name"])
+        self._patients.extend(batch.get("patient", [""] * len(batch["name"])))
         label = batch.get("label")
         unknown = torch.full(result.prediction.shape, -1)
         self._labels.append(unknown if label is None else torch.as_tensor(label).cpu())
@@ -115,7 +125,8 @@ class DiffusionPredictionCollector:
     def _finish(self, engine: Engine) -> None:
         labels = torch.cat(self._labels).numpy()
         profiles = torch.cat(self._profiles) if self._profiles else None
-        self.predictions = DiffusionPredictions(self._names, labels, join_results(self._results), profiles)
+        patients = self._patients if any(self._patients) else None
+        self.predictions = DiffusionPredictions(self._names, labels, join_results(self._results), profiles, patients)
         for consumer in self.consumers:
             consumer(self.predictions)
 

@@ -22,7 +22,22 @@ import numpy as np
 import torch
 from ignite.engine import Engine, Events
 
-__all__ = ["PredictionCollector", "Predictions"]
+__all__ = ["PredictionCollector", "Predictions", "patient_groups"]
+
+
+def patient_groups(patients: Sequence[str] | None) -> list[str] | None:
+    """Keys of images that belong together.
+
+    Args:
+        patients: patient of each image, empty where it is not known; None: none is.
+
+    Returns:
+        of each image its patient, or where it is not known the image itself. None: no two images belong together.
+    """
+    known = [patient for patient in patients or [] if patient]
+    if len(set(known)) == len(known):
+        return None
+    return [f"patient {patient}" if patient else f"image {n}" for n, patient in enumerate(patients or [])]
 
 
 @dataclass(frozen=True)
@@ -43,11 +58,8 @@ class Predictions:
 
     @property
     def groups(self) -> list[str] | None:
-        """Keys of images that belong together: the patient, or the image itself. None: no two images do."""
-        known = [patient for patient in self.patients or [] if patient]
-        if len(set(known)) == len(known):
-            return None
-        return [f"patient {patient}" if patient else f"image {n}" for n, patient in enumerate(self.patients or [])]
+        """Keys of images that belong together, see :func:`patient_groups`."""
+        return patient_groups(self.patients)
 
     def labelled(self, multi_label: bool = False) -> Predictions:
         """Only the images with a label (multi-label: with at least one known entry)."""

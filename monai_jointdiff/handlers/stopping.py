@@ -25,10 +25,11 @@ __all__ = ["EarlyStop", "TimeLimit"]
 
 
 class EarlyStop:
-    """Handler of a trainer: ends the run when the validation metric has not improved for some epochs.
+    """Handler of a trainer: ends the run at a validation that is the last of some epochs without a better one.
 
-    Its only state is that of `best`, so a resumed run stops where the uninterrupted one does. It stands behind the
-    `ValidationHandler` in the list of handlers.
+    Epochs count when they are validated: between two validations a run does not end. Its only state is that of `best`,
+    so a resumed run stops where the uninterrupted one does. It stands behind the `ValidationHandler` in the list of
+    handlers.
 
     Args:
         best: which remembers when the metric was best.
@@ -51,20 +52,15 @@ class EarlyStop:
 
     def attach(self, engine: Engine) -> None:
         """Register with a trainer."""
-        engine.add_event_handler(Events.EPOCH_STARTED, self._epoch_started)
+        engine.add_event_handler(Events.EPOCH_STARTED, self)  # a resumed run may have been at its end already
         engine.add_event_handler(Events.EPOCH_COMPLETED, self)
 
     def __call__(self, engine: Engine) -> None:
-        """Stop after the present epoch if it was in vain."""
-        self._stop_after(engine, engine.state.epoch)
-
-    def _epoch_started(self, engine: Engine) -> None:
-        self._stop_after(engine, engine.state.epoch - 1)  # a resumed run may have been at its end already
-
-    def _stop_after(self, engine: Engine, epochs: int) -> None:
-        if self.best.epoch is not None and epochs - self.best.epoch >= self.patience:
+        """Stop if the epochs since the best were in vain."""
+        epoch, validated = self.best.epoch, self.best.validated
+        if epoch is not None and validated is not None and validated - epoch >= self.patience:
             engine.logger.info(
-                f"EarlyStop: {self.best.metric_name} was best in epoch {self.best.epoch}, {epochs} are done."
+                f"EarlyStop: {self.best.metric_name} was best in epoch {epoch}, the last validation was in {validated}."
             )
             engine.terminate()
 

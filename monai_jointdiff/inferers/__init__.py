@@ -22,7 +22,7 @@ from .guidance import ClassifierGuidance, Guidance, GuidanceStep, Representation
 from .joint import JointDiffusionInferer, SampleResult, StepInfo
 from .latent import LatentSpace
 from .typicality import DenoisingProfile, Typicality
-from .voting import AGGREGATIONS, aggregate, count_votes, flip_probability, mean_errors
+from .voting import AGGREGATIONS, aggregate, count_votes, flip_probability, mean_errors, variance_of_draws
 
 __all__ = [
     "AGGREGATIONS",
@@ -57,4 +57,5 @@ __all__ = [
     "mean_errors",
     "replay",
     "stratified_timesteps",
+    "variance_of_draws",
 ]

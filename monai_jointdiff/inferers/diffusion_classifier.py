@@ -26,9 +26,9 @@ from torch import nn
 from monai_jointdiff.schedulers import GridScheduler
 
 from .denoiser import Denoiser, at_least_float32, autocast, evaluation_mode, plain, without_ddp
-from .draws import DRAWS, NoiseDraws
+from .draws import DRAWS, NoiseDraws, stratified_timesteps
 from .latent import LatentSpace
-from .voting import AGGREGATIONS, aggregate, count_votes, flip_probability, mean_errors
+from .voting import AGGREGATIONS, aggregate, count_votes, flip_probability, mean_errors, variance_of_draws
 
 __all__ = ["HEAD_ROLES", "DiffusionClassifierInferer", "DiffusionClassifierResult", "replay"]
 
@@ -69,6 +69,7 @@ class DiffusionClassifierResult:
             (N, K, *spatial): squared error of the runner-up minus that of the answer, mean over the draws, sum over the
             channels; of a network on latents they are interpolated. None unless asked for.
         seconds: for the batch.
+        timesteps: of the draws in their order (D,), where they were stratified; None: they were independent.
     """
 
     prediction: torch.Tensor
@@ -83,6 +84,7 @@ class DiffusionClassifierResult:
     head_probabilities: torch.Tensor | None
     evidence: torch.Tensor | None
     seconds: float
+    timesteps: torch.Tensor | None = None
 
     @property
     def multi_label(self) -> bool:
@@ -157,8 +159,9 @@ class DiffusionClassifierResult:
     def margin_interval(self, confidence: float = 0.95) -> tuple[torch.Tensor, torch.Tensor]:
         """Student's t interval of :attr:`margin` over the draws.
 
-        Stratified draws differ in their noise levels on purpose, which makes it too wide; an image that was stopped for
-        its large margin has a margin that is too large.
+        Of stratified draws it takes what differs within a noise level alone for uncertain, see
+        :func:`~monai_jointdiff.inferers.variance_of_draws`. An image that was stopped for its large margin has a margin
+        that is too large.
 
         Args:
             confidence: of the interval, in (0, 1).
@@ -174,8 +177,8 @@ class DiffusionClassifierResult:
         differences = self._paired_differences()
         n = (~differences.isnan()).sum(dim=-1)
         mean = differences.nanmean(dim=-1)
-        variance = ((differences - mean[..., None]) ** 2).nansum(dim=-1) / (n - 1)
-        quantile = torch.as_tensor(stdtrit((n - 1).clamp(min=1).double().numpy(), 0.5 + confidence / 2))
+        variance, degrees = variance_of_draws(differences, self.timesteps)
+        quantile = torch.as_tensor(stdtrit(degrees.numpy(), 0.5 + confidence / 2))
         half = torch.where(n > 1, quantile * (variance / n).sqrt(), torch.nan)
         return mean - half, mean + half
 
@@ -202,7 +205,8 @@ class DiffusionClassifierInferer(Inferer):
     evaluations of the network for an image. What makes it cheap:
 
     - evaluations of all images, draws and classes go through the network in batches of ``max_batch``;
-    - ``draws="stratified"`` spreads the noise levels evenly, and ``timestep_range`` leaves out levels that do not tell;
+    - ``draws="stratified"`` spreads the noise levels evenly, of which the stopping test makes use, and
+      ``timestep_range`` leaves out levels that do not tell;
     - ``error_rate``: an image is done when the answer of all N draws is known well enough
       (:func:`~monai_jointdiff.inferers.voting.flip_probability`). With the rule ``mean`` a class is dropped before that
       when its probability to overtake the leader is at most ``error_rate / (K - 1)``; a vote needs all classes to the
@@ -346,6 +350,11 @@ class DiffusionClassifierInferer(Inferer):
         with torch.no_grad(), evaluation_mode(network):
             return _DrawnRace(self, inputs, network, seeds, maps, progress).run(started)
 
+    @property
+    def shared_timesteps(self) -> torch.Tensor | None:
+        """Timesteps (num_draws,) of stratified draws in their order, the same for all images; None: random draws."""
+        return stratified_timesteps(self.num_draws, *self.timesteps) if self.draws == "stratified" else None
+
     def looks(self) -> list[int]:
         """Numbers of draws after which the race is looked at, the last being all of them."""
         if self.error_rate is None:
@@ -376,7 +385,7 @@ class DiffusionClassifierInferer(Inferer):
                 running &= rank < keep
         if self.error_rate is None or made < min(self.min_draws, self.num_draws):
             return running
-        flips = flip_probability(errors, self.num_draws, self.rule)
+        flips = flip_probability(errors, self.num_draws, self.rule, self.shared_timesteps)
         if whole or self.rule == "majority":
             done = (flips.sum(dim=1, keepdim=True) - 1) <= self.error_rate
             leads = flips == flips.amax(dim=1, keepdim=True)
@@ -394,7 +403,8 @@ def replay(
 
     Args:
         draw_errors: (N, K, D), multi-label (N, K, 2, D), of D >= ``inferer.num_draws`` draws, of which the first count.
-        inferer: the classifier; its kind of draws and noise levels should be those of the recording.
+        inferer: the classifier; its kind of draws and noise levels should be those of the recording, and if it stops
+            stratified draws, their number, too, on which their noise levels depend.
         head_logits: of the head (N, K), before its temperature; needed where the inferer asks the head.
 
     Returns:
@@ -525,6 +535,7 @@ class _Race:
             head_probabilities=self._head_probabilities(),
             evidence=self._evidence(prediction, draws),
             seconds=time.perf_counter() - started,
+            timesteps=inferer.shared_timesteps,
         )
 
     def _head_probabilities(self) -> torch.Tensor | None:

@@ -90,7 +90,9 @@ class ClassificationAugmentation(RandomizableTransform, MapTransform):
             matrix = matrix @ turn
         matrix = matrix * (1 + self._uniform(0.15))
         if self.flip and self.R.random() < 0.5:
-            matrix[:, 0] = -matrix[:, 0]  # grid_sample's first coordinate is the last axis
+            matrix[:, 0] = -matrix[:, 0]  # mirrors the last axis
+        sizes = np.array(image.shape[:0:-1])  # affine_grid's first coordinate is the last axis
+        matrix = matrix * (sizes / sizes[:, None])  # turned in pixels, whatever the sizes of the axes
         shift = np.array([[self._uniform(0.1)] for _ in range(dims)])
         theta = torch.from_numpy(np.concatenate([matrix, shift], axis=1)[None].astype(np.float32))
         grid = F.affine_grid(theta, [1, *image.shape], align_corners=False)

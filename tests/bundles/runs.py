@@ -32,7 +32,7 @@ from tests.engines.small_run import use_one_thread
 
 ROOT = BUNDLE.parents[1]
 SMALL_NETWORK = {
-    "network_def#channels": [8, 16, 16],
+    "channels": [8, 16, 16],
     "network_def#norm_num_groups": 8,
     "network_def#num_head_channels": 8,
 }

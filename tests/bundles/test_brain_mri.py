@@ -53,7 +53,7 @@ DIFFERENCES = {
         "bias_correction",
         *OPTIONS_OF_VOLUMES,
         *(f"source#{name}" for name in OPTIONS_OF_VOLUMES),
-        *(f"source#{name}" for name in ("mask_classes", "intensity", "correction", "phantoms")),
+        *(f"source#{name}" for name in ("mask_classes", "intensity", "correction", "phantoms", "usual_columns")),
     },
     "multi_gpu_train": set(),
     "evaluate": {"bundle_root", *OPTIONS_OF_VOLUMES, *(f"source#{name}" for name in OPTIONS_OF_VOLUMES)},

@@ -280,7 +280,7 @@ class TestResume(unittest.TestCase):
             ({"source#phantom_counts": [25, 12, 12]}, r"images was .*; source.opened_with.phantom_counts was \[24, 12"),
             ({"source#phantom_counts": [24, 13, 12]}, r"images was .*; source.opened_with.phantom_counts was \[24, 12"),
             ({"label_list": "@list"}, r"labels was 'sha256:\w+', is 'sha256:\w+'\."),
-            ({"split_column": "fold"}, "source.opened_with.split_column was 'split', is 'fold'"),
+            ({"source#min_mask_pixels": 5}, "source.opened_with.min_mask_pixels was 10, is 5"),
             ({"network_def#head_dropout": 0.3}, r"network.head_dropout was None, is 0.3\."),
             ({"max_norm": 2.0, "ema#decay": 0.9}, r"ema_decay was 0.999, is 0.9; max_norm was 1.0, is 2.0\."),
             ({"optimizer#weight_decay": 0.1}, r"weight_decay was 0.01, is 0.1\."),
@@ -330,14 +330,13 @@ class TestEvaluate(unittest.TestCase):
         patients = np.array([f"p{n // 2}" for n in range(30)])
         pixels = np.random.default_rng(0).integers(0, 256, (30, 16, 16)).astype(np.uint8)
         np.savez(folder / "data.npz", images=pixels, labels=labels, patients=patients)
-        counts = []
-        for options, words in (({}, "the test part, drawn by the seed"), ({"part": "all"}, "evaluated: all 30 images")):
-            output = fresh("evaluate")
-            printed = use("evaluate", TRAINED, output, dataset_dir=str(folder / "data.npz"), **options)
-            self.assertIn(words, printed)
-            counts.append(content(output / "metrics.json")["metrics"]["count"])
-        self.assertLess(counts[0], 15)
-        self.assertEqual(counts[1], 30)
+        with self.assertRaises((ValueError, RuntimeError)) as caught:
+            use("evaluate", TRAINED, fresh("evaluate"), dataset_dir=str(folder / "data.npz"))
+        self.assertIn("data.npz does not say which images are its test part", message_of(caught.exception))
+        output = fresh("evaluate")
+        printed = use("evaluate", TRAINED, output, dataset_dir=str(folder / "data.npz"), part="all")
+        self.assertIn("evaluated: all 30 images", printed)
+        self.assertEqual(content(output / "metrics.json")["metrics"]["count"], 30)
         self.assertEqual(content(output / "metrics.json")["metrics"]["bootstrap"]["drawn"], "groups")
         self.assertIn("15 resampled patients", printed)
         use("inference", TRAINED, output, dataset_dir=str(folder / "data.npz"))
@@ -355,7 +354,7 @@ class TestEvaluate(unittest.TestCase):
         for n in range(4):
             picture(folder / f"{n}.png", n)
         with self.assertRaises((ValueError, RuntimeError)) as caught:
-            use("evaluate", TRAINED, fresh("evaluate"), dataset_dir=str(folder))
+            use("evaluate", TRAINED, fresh("evaluate"), dataset_dir=str(folder), part="all")
         self.assertIn("has a label", message_of(caught.exception))
 
 
@@ -471,7 +470,7 @@ class TestFailure(unittest.TestCase):
     @parameterized.expand(
         [
             ("on_the_way", {"learning_rate": 1e30}, "NonFiniteGuard"),
-            ("workers", {"num_workers": -1}, "--num_workers must be at least 0, got -1"),
+            ("workers", {"num_workers": -1}, "--num_workers must be a whole number of at least 0, got -1"),
             ("size", {"image_size": 30}, "--image_size must be a multiple of 4, got 30 x 30"),
         ]
     )
@@ -544,8 +543,13 @@ class TestOptions(unittest.TestCase):
             ("fp16", {"precision": "fp16"}, "fp16 is not supported"),
             ("depth_two", {"precision": "bf16", "spatial_dims": 3, "image_size": 8}, "--precision fp32"),
             ("balance", {"balance": "equal"}, "--balance is 'equal'"),
-            ("epochs", {"epochs": 0}, "--epochs must be greater than 0"),
-            ("patience", {"patience": 0}, "--patience must be greater than 0"),
+            ("channels", {"channels": "wide"}, "--channels must be a list of positive whole numbers"),
+            ("channels_of_the_groups", {"channels": [12, 16]}, "--channels must be a multiple of 8, the groups"),
+            ("levels", {"channels": [8] * 6}, "--image_size must be a multiple of 32, got 16 x 16"),
+            ("epochs", {"epochs": 0}, "--epochs must be a whole number of at least 1"),
+            ("patience", {"patience": 0}, "--patience must be a whole number of at least 1"),
+            ("val_interval", {"val_interval": 0}, "--val_interval must be a whole number of at least 1, got 0"),
+            ("num_samples", {"num_samples": -1}, "--num_samples must be a whole number of at least 0, got -1"),
             ("missing_data", {"dataset_dir": "/nowhere"}, "there is no /nowhere"),
             ("class_names", {"class_names": ["a", "b"]}, "phantoms have the classes"),
             ("missing_resume", {"resume": "/nowhere.pt"}, "cannot read /nowhere.pt"),
@@ -562,21 +566,47 @@ class TestOptions(unittest.TestCase):
         printed = train(folder, **PHANTOMS, datset_dir="/my/images", run=["$None"])
         self.assertIn("data: phantoms of seed 0", printed)
 
+    @parameterized.expand(
+        [
+            ("more_levels", {"channels": [8, 8, 8, 16]}),
+            ("fewer_with_commas", {"channels": (8, 16)}),
+            ("of_the_network_alone", {"network_def#channels": [8, 24]}),
+        ]
+    )
+    def test_channels_give_the_levels_of_the_network(self, name: str, options: dict[str, Any]) -> None:
+        folder = fresh(name)
+        train(folder, **PHANTOMS, **options, num_samples=0, max_minutes=1e-9)
+        network = content(folder / "models" / "model.json")["network"]
+        channels = list(*options.values())
+        found = [network[key] for key in ("channels", "num_res_blocks", "attention_levels")]
+        last = len(channels) - 1
+        self.assertEqual(found, [channels, [1 for _ in channels], [level == last for level in range(len(channels))]])
+        JointDiffusionUNet(**network).load_state_dict(load_weights(folder / "models" / "model.pt"))
+
     def test_pretrained_and_frozen_encoder(self) -> None:
         folder = fresh("pretrained")
         start = load_weights(TRAINED / "models" / "model.pt")
-        changed = {"network_def#num_res_blocks": [1, 1, 2]}
         options = {"pretrained": str(TRAINED / "models" / "model.pt"), "freeze_encoder": True}
+        changed = {"network_def#class_conditional": True}
         printed = train(folder, **PHANTOMS, **options, **changed, epochs=1, num_samples=0)
         self.assertRegex(printed, r"pretrained: \d+ tensors loaded")
-        self.assertRegex(printed, r"missing: [1-9]\d* \(down_blocks\.2\.")
+        self.assertIn("missing: 1 (class_embedding.weight)", printed)
         end = torch.load(folder / "models" / "checkpoint_00000003.pt", weights_only=True)["network"]
         same = {key for key in start if key in end and torch.equal(start[key], end[key])}
         encoder = ("conv_in", "time_embed", "down_blocks", "middle_block")
         frozen = {key for key in end if key in start and key.startswith(encoder) and end[key].shape == start[key].shape}
-        self.assertTrue(frozen)
+        self.assertEqual(frozen, {key for key in start if key.startswith(encoder)})
         self.assertEqual(frozen - same, set())
         self.assertIn("out.2.conv.weight", set(end) - same)
+
+    def test_encoder_that_the_pretrained_file_does_not_fill_is_not_frozen(self) -> None:
+        folder = fresh("random")
+        options = {"pretrained": str(TRAINED / "models" / "model.pt"), "freeze_encoder": True}
+        with self.assertRaises((ValueError, RuntimeError)) as caught:
+            train(folder, **PHANTOMS, **options, **{"network_def#num_res_blocks": [1, 1, 2]}, epochs=1, num_samples=0)
+        found = message_of(caught.exception)
+        self.assertRegex(found, r"--freeze_encoder would keep random weights of \d+ tensors \(down_blocks\.2\.")
+        self.assertFalse((folder / "models").exists())
 
     def test_time_limit_before_the_first_validation_still_leaves_a_model(self) -> None:
         folder = fresh("limit")
@@ -596,6 +626,17 @@ class TestOptions(unittest.TestCase):
         checkpoint = torch.load(last, weights_only=True)
         self.assertLess(checkpoint["iteration"], 150)
         self.assertEqual(checkpoint["iteration"] // 3 - checkpoint["best"]["epoch"], 1)
+
+    def test_last_epoch_is_validated_and_patience_waits_for_a_validation(self) -> None:
+        folder = fresh("interval")
+        short: dict[str, Any] = {**PHANTOMS, "train#epoch_length": 1, "num_samples": 0, "val_interval": 3}
+        train(folder, **short, epochs=8, patience=2)
+        best = torch.load(folder / "models" / "checkpoint_00000008.pt", weights_only=True)["best"]
+        self.assertEqual((best["epoch"], best["validated"]), (8, 8))
+        folder = fresh("in_vain")
+        train(folder, **short, epochs=8, patience=2, learning_rate=1e-30)
+        last = max((folder / "models").glob("checkpoint_*.pt"))
+        self.assertEqual(last.name, "checkpoint_00000006.pt")
 
     def test_precision_bf16(self) -> None:
         folder = fresh("bf16")
@@ -757,7 +798,8 @@ class TestProcesses(unittest.TestCase):
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         self.assertEqual(done.returncode, 0, done.stderr[-3000:])
-        self.assertEqual(done.stdout.count("final table"), 1)
+        for said_once in ("final table", "data: phantoms", "weights: ", "tensors loaded"):
+            self.assertEqual(done.stdout.count(said_once), 1, said_once)
         self.assertEqual(len(list((folder / "output" / "tensorboard").iterdir())), 1)
         self.assertEqual(
             {path.name for path in (folder / "models").iterdir()}, {"model.pt", "model.json", "checkpoint_00000003.pt"}

@@ -13,6 +13,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import re
@@ -25,6 +26,7 @@ from typing import Any
 import monai
 from parameterized import parameterized
 
+from monai_jointdiff.data import open_source
 from monai_jointdiff.engines import ModelDescription
 from tests.bundles.default_model import default_description
 from tests.bundles.runs import PHANTOMS, ROOT, TINY, leave_no_trace, temporary_folder, working_directory
@@ -49,6 +51,18 @@ def setUpModule() -> None:
 
 def content(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+class TestUsualColumns(unittest.TestCase):
+    @parameterized.expand([(f"{path.parts[-3]}_{path.stem}", path) for path in CONFIGS])
+    def test_are_the_columns_which_the_program_names(self, _: str, path: Path) -> None:
+        """Data without columns are refused only if the user named one."""
+        options, usual = content(path), inspect.signature(open_source).parameters
+        if not str(options.get("source", {}).get("_target_", "")).endswith(".open_source"):
+            return
+        named = {name: value for name, value in options.items() if name in usual and name.endswith("_column")}
+        expected = {name: value for name, value in named.items() if value != usual[name].default}
+        self.assertEqual(options["source"].get("usual_columns", {}), expected)
 
 
 class TestPrograms(unittest.TestCase):
@@ -82,6 +96,15 @@ class TestPrograms(unittest.TestCase):
         self.assertTrue(names)
         raw = rf"(?<!json_word\()@({'|'.join(names)})\b"
         self.assertEqual(re.findall(raw, path.read_text(encoding="utf-8")), [])
+
+    @parameterized.expand(NAMES)
+    def test_several_processes_check_what_one_does(self, _: str, bundle: Path) -> None:
+        one, several = (
+            re.findall(r"engines\.(\w+)", " ".join(content(bundle / "configs" / f"{name}.json")["initialize"]))
+            for name in ("train", "multi_gpu_train")
+        )
+        self.assertIn("check_channels", one)
+        self.assertEqual(several, one)
 
     def test_a_switch_that_is_off(self) -> None:
         parser = monai.bundle.ConfigParser(content(BUNDLES[0] / "configs" / "train.json"))

@@ -50,6 +50,7 @@ DIFFERENCES = {
     "source#in_channels",
     "source#phantoms",
     "source#phantom_counts",
+    "source#usual_columns#patient_column",
     "train#random_transforms#flip",
 }
 PROGRAMS = sorted(

@@ -21,10 +21,11 @@ import nibabel
 import numpy as np
 from parameterized import parameterized
 
-from monai_jointdiff.data import ImageFiles, SliceRule
+from monai_jointdiff.data import ImageFiles, SliceRule, read_image
 from monai_jointdiff.data.folder import find_images, list_images, read_folder
 from monai_jointdiff.visualize import save_png
 from tests.bundles.runs import temporary_folder
+from tests.data.test_reading import NEEDS_DATA, ORIGINALS, has_pydicom, pixels, save_dicom, save_frames, save_series
 
 
 def picture(path: Path, colors: bool = False) -> None:
@@ -86,6 +87,77 @@ class TestByFolders(unittest.TestCase):
             read_folder(temporary_folder(self))
 
 
+@unittest.skipUnless(has_pydicom, "needs pydicom")
+class TestSeries(unittest.TestCase):
+    """In 3D the folder of a DICOM series is one image; in 2D each of its files is."""
+
+    def setUp(self) -> None:
+        self.folder = temporary_folder(self)
+        self.arrays = {
+            name: pixels(4, 6, 9, dtype=np.uint16, seed=n) for n, name in enumerate(("a/p0", "a/p1", "b/p2/s"))
+        }
+        for name, array in self.arrays.items():
+            save_series(self.folder / name, array)
+
+    def test_class_folders(self) -> None:
+        records = read_folder(self.folder, 3).records
+        expected = {"a/p0": "a", "a/p1": "a", "b/p2/s": "b"}
+        self.assertEqual({record.name: record.label for record in records}, expected)
+        for record in records:
+            self.assertEqual(record.image, self.folder / record.name)
+            np.testing.assert_array_equal(read_image(self.folder / record.name, 3)[0], self.arrays[record.name])
+        self.assertEqual(len(read_folder(self.folder, 2).records), 12)
+
+    def test_list_for_classification(self) -> None:
+        self.assertEqual([record.name for record in list_images(self.folder, spatial_dims=3)], sorted(self.arrays))
+        self.assertEqual(len(list_images(self.folder)), 12)
+        (record,) = list_images(self.folder / "a" / "p1", spatial_dims=3)
+        self.assertEqual((record.name, record.image), ("p1", self.folder / "a" / "p1"))
+
+    def test_other_volumes_stay_what_they_are(self) -> None:
+        """Beside a series, and DICOM files that are volumes by themselves."""
+        nibabel.save(nibabel.Nifti1Image(np.ones((4, 5, 6), np.float32), np.eye(4)), self.folder / "a" / "p0" / "x.nii")
+        for name in ("one.dcm", "two.dcm"):
+            (self.folder / "c").mkdir(exist_ok=True)
+            save_frames(self.folder / "c" / name, pixels(4, 6, 9, dtype=np.uint16))
+        names = [record.name for record in read_folder(self.folder, 3).records]
+        self.assertEqual(names, ["a/p0", "a/p0/x.nii", "a/p1", "b/p2/s", "c/one.dcm", "c/two.dcm"])
+
+    def test_folders_with_a_series_for_each_channel(self) -> None:
+        folder = temporary_folder(self)
+        for place in ("sick/case0", "well/case1"):
+            for word in ("flair", "t1c"):
+                save_series(folder / place / word, pixels(4, 6, 9, dtype=np.uint16))
+        records = read_folder(folder, 3, "flair,t1c").records
+        self.assertEqual(
+            [(record.label, record.patient) for record in records], [("sick", "sick/case0"), ("well", "well/case1")]
+        )
+        place = folder / "sick" / "case0"
+        self.assertEqual(records[0].image, ImageFiles((place / "flair", place / "t1c")))
+
+    def test_a_csv_names_the_folder(self) -> None:
+        (self.folder / "labels.csv").write_text("file,label\na/p1,x\n", encoding="utf-8")
+        (record,) = read_folder(self.folder, 3).records
+        self.assertEqual((record.name, read_image(self.folder / record.name, 3).shape), ("a/p1", (1, 4, 6, 9)))
+
+    def test_slices_without_a_folder_of_their_own_are_refused(self) -> None:
+        """Of several patients in one class folder: there is one image, which cannot be read."""
+        save_dicom(self.folder / "a" / "one.dcm", pixels(6, 9, dtype=np.uint16))
+        save_series(self.folder / "a", pixels(4, 6, 9, dtype=np.uint16))
+        records = read_folder(self.folder, 3).records
+        self.assertEqual([record.name for record in records], ["a", "a/p0", "a/p1", "b/p2/s"])
+        with self.assertRaisesRegex(ValueError, "more than one DICOM series"):
+            read_image(self.folder / "a", 3)
+
+    @unittest.skipUnless(ORIGINALS.is_dir(), NEEDS_DATA)
+    def test_originals(self) -> None:
+        series = ORIGINALS / "dicom" / "hippocrop_series"
+        (record,) = list_images(series, spatial_dims=3)
+        self.assertEqual((record.name, record.image), ("hippocrop_series", series))
+        self.assertEqual(read_image(series, 3).shape, (1, 40, 50, 34))
+        self.assertEqual(len(list_images(series)), 40)
+
+
 class TestByCsv(unittest.TestCase):
     def setUp(self) -> None:
         self.folder = temporary_folder(self)
@@ -125,12 +197,24 @@ class TestByCsv(unittest.TestCase):
             ("file,label\n/etc/hosts,1\n", {}, "'/etc/hosts' is an absolute path outside of"),
             ("file,label\n", {}, "no rows in a CSV"),
             ("file,label,split\na.png,0,holdout\n", {}, "'holdout' is no part of a data set"),
+            (
+                "file,label,fold\na.png,0,train\nin/b.png,0,holdout\n",
+                {"split_column": "fold"},
+                r"labels.csv, line 3 \(in/b.png\), column 'fold': .*'holdout' is no part of a data set",
+            ),
+            ("file,label\na.png,0\n./a.png,0\n", {}, "labels.csv lists files more than once: a.png"),
+            ("file,label\nin/b.png,0\nin/../in/b.png,0\n", {}, "lists files more than once: in/b.png"),
         ]
     )
     def test_wrong_tables(self, text: str, options: dict[str, str], message: str) -> None:
         self.table(text)
         with self.assertRaisesRegex(ValueError, message):
             read_folder(self.folder, **options)  # type: ignore[arg-type]
+
+    def test_the_same_file_by_its_absolute_path_is_refused(self) -> None:
+        self.table(f"file,label\nin/b.png,0\n{self.folder / 'in' / 'b.png'},0\n")
+        with self.assertRaisesRegex(ValueError, "labels.csv lists files more than once: in/b.png"):
+            read_folder(self.folder)
 
     def test_absolute_paths_inside_of_the_folder_become_relative_names(self) -> None:
         self.table(f"file,label\n{self.folder / 'in' / 'b.png'},0\n")

@@ -36,6 +36,12 @@ class TestScaling(unittest.TestCase):
         self.assertEqual(scaled.dtype, np.float32)
         np.testing.assert_allclose(IntensityRule()(image[:, :2]), scaled[:, :2], atol=0)
 
+    @parameterized.expand([((4, 5),), ((3, 4, 5),)])
+    def test_booleans_are_the_ends(self, shape: tuple[int, ...]) -> None:
+        image = values(2, *shape) > values(2, *shape).mean()
+        np.testing.assert_array_equal(IntensityRule()(image), np.where(image, 1.0, -1.0))
+        np.testing.assert_array_equal(IntensityRule()(np.ones((1, *shape), bool)), np.ones((1, *shape)))
+
     @parameterized.expand(
         [
             (dtype, shape)

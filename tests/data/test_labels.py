@@ -22,6 +22,7 @@ import numpy as np
 from parameterized import parameterized
 
 from monai_jointdiff.data import EncodedLabels, encode_labels
+from monai_jointdiff.data.labels import split_names
 
 
 def encode(labels: list[Any], class_names: list[str] | None = None, multi_label: bool | None = None) -> EncodedLabels:
@@ -45,6 +46,12 @@ class TestOneLabel(unittest.TestCase):
         labels = ["pneumonia", "normal", " pneumonia "]
         self.assertEqual(encode(labels), ([1, 0, 1], ["normal", "pneumonia"], False))
         self.assertEqual(encode(labels, ["pneumonia", "normal", "covid"]).labels, [0, 1, 0])
+
+    def test_names_joined_by_commas(self) -> None:
+        expected = encode(["normal", "pleural effusion"], ["pleural effusion", "normal"])
+        names: Any = "pleural effusion, normal"
+        self.assertEqual(encode(["normal", "pleural effusion"], names), expected)
+        self.assertEqual(expected, ([1, 0], ["pleural effusion", "normal"], False))
 
     def test_case_is_ignored_only_where_names_are_given(self) -> None:
         self.assertEqual(encode(["NORMAL", "pneumonia", "Normal"], ["normal", "Pneumonia"]).labels, [0, 1, 0])
@@ -124,6 +131,18 @@ class TestSeveralLabels(unittest.TestCase):
     def test_wrong_labels(self, _: str, labels: list[Any], class_names: list[str] | None, message: str) -> None:
         with self.assertRaisesRegex(ValueError, f"encode_labels: {message}"):
             encode(labels, class_names)
+
+
+class TestSplitNames(unittest.TestCase):
+    @parameterized.expand([("a",), ("a,b c",), (" a , b c ",), (["a", "b c"],), (("a", "b c"),), ([1, "b"],)])
+    def test_texts_and_sequences(self, names: Any) -> None:
+        expected = {"a": ("a",), "[1, 'b']": ("1", "b")}.get(str(names), ("a", "b c"))
+        self.assertEqual(split_names(names, "x"), expected)
+
+    @parameterized.expand([(2,), (None,), ({"a"},)])
+    def test_others_are_refused(self, names: Any) -> None:
+        with self.assertRaisesRegex(TypeError, "split_names: class_names must be a list of names"):
+            split_names(names, "class_names")
 
 
 if __name__ == "__main__":

@@ -29,7 +29,14 @@ from parameterized import parameterized
 from PIL import Image
 
 from monai_jointdiff.data import ImagePreprocessing, read_image
-from monai_jointdiff.data.reading import has_image_suffix, image_size_tuple, is_dicom, is_gray, resize_and_pad
+from monai_jointdiff.data.reading import (
+    has_image_suffix,
+    image_size_tuple,
+    is_dicom,
+    is_dicom_slice,
+    is_gray,
+    resize_and_pad,
+)
 from tests.bundles.runs import temporary_folder
 
 nrrd, has_nrrd = optional_import("nrrd")
@@ -81,7 +88,51 @@ def save_dicom(path: Path, array: np.ndarray, interpretation: str = "MONOCHROME2
     return path
 
 
+def save_series(folder: Path, array: np.ndarray, uid: str = "") -> Path:
+    """Slices (depth, rows, columns) from the feet to the head, in files whose names are in another order."""
+    folder.mkdir(parents=True, exist_ok=True)
+    uid = uid or pydicom.uid.generate_uid()
+    for number, pixels_of_slice in enumerate(array):
+        path = save_dicom(folder / f"{uid[-4:]}_{(7 * number) % 10}{number}.dcm", pixels_of_slice)
+        content = pydicom.dcmread(path)
+        content.SOPClassUID = content.file_meta.MediaStorageSOPClassUID = "1.2.840.10008.5.1.4.1.1.4"  # MR
+        content.Modality, content.SeriesInstanceUID = "MR", uid
+        content.ImageOrientationPatient, content.PixelSpacing = [1, 0, 0, 0, 1, 0], [1, 1]
+        content.ImagePositionPatient, content.SliceThickness = [0, 0, 2 * number], 2
+        content.save_as(path, enforce_file_format=True)
+    return folder
+
+
+def save_frames(path: Path, array: np.ndarray) -> Path:
+    """One DICOM file with several frames (depth, rows, columns)."""
+    content = pydicom.dcmread(save_dicom(path, array[0]))
+    content.SOPClassUID = content.file_meta.MediaStorageSOPClassUID = "1.2.840.10008.5.1.4.1.1.7.3"
+    content.NumberOfFrames, content.PixelData = len(array), array.tobytes()
+    content.save_as(path, enforce_file_format=True)
+    return path
+
+
 class TestPictures(unittest.TestCase):
+    @parameterized.expand([(n, ending) for n in range(1, 9) for ending in ("jpg", "png")])
+    def test_exif_orientation(self, orientation: int, ending: str) -> None:
+        """The tag says where the first row and the first column of the file lie in the picture."""
+        upright = np.zeros((20, 40), np.uint8)
+        upright[:10, :20], upright[:10, 20:], upright[10:, :20] = 240, 160, 80
+        flipped, mirrored = upright[::-1], upright[:, ::-1]
+        stored = [upright, mirrored, flipped[:, ::-1], flipped, upright.T, mirrored.T, flipped[:, ::-1].T, flipped.T]
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        path = temporary_folder(self) / f"a.{ending}"
+        Image.fromarray(np.ascontiguousarray(stored[orientation - 1])).save(path, exif=exif)
+        found = read_image(path)[0].astype(int)
+        self.assertEqual(found.shape, (20, 40))
+        self.assertLess(np.abs(found - upright)[:, 2:-2].mean(), 3)  # JPEG is not exact
+
+    def test_broken_exif_is_ignored(self) -> None:
+        path = temporary_folder(self) / "a.jpg"
+        Image.fromarray(np.full((20, 40), 99, np.uint8)).save(path, exif=b"Exif\0\0junkjunkjunk")
+        self.assertEqual(read_image(path).shape, (1, 20, 40))
+
     @parameterized.expand([("a.png", "L"), ("a.PNG", "RGB"), ("a.bmp", "L"), ("a.tif", "RGB"), ("a.tiff", "L")])
     def test_rows_and_columns_as_in_the_file(self, name: str, mode: str) -> None:
         path = temporary_folder(self) / name
@@ -229,6 +280,37 @@ class TestDicom(unittest.TestCase):
         self.assertEqual((is_dicom(path), is_dicom(folder / "other")), (True, False))
         np.testing.assert_array_equal(read_image(path), array[None])
 
+    def test_series_is_a_volume_and_one_of_its_slices_is_none(self) -> None:
+        array = pixels(5, 6, 9, dtype=np.uint16)
+        folder = save_series(temporary_folder(self) / "series", array)
+        np.testing.assert_array_equal(read_image(folder, 3), array[None])
+        one = sorted(folder.iterdir())[0]
+        with self.assertRaisesRegex(ValueError, f"'{one}': it is a single DICOM slice, .* name the folder of the"):
+            read_image(one, 3)
+        self.assertEqual(read_image(one).shape, (1, 6, 9))
+        for path in sorted(folder.iterdir())[1:]:
+            path.unlink()
+        with self.assertRaisesRegex(ValueError, "series': it is a single DICOM slice"):
+            read_image(folder, 3)
+
+    def test_several_series_in_a_folder_are_refused(self) -> None:
+        folder = temporary_folder(self)
+        for _ in range(2):
+            save_series(folder, pixels(3, 6, 9, dtype=np.uint16))
+        with self.assertRaisesRegex(ValueError, f"'{folder}': it holds more than one DICOM series; give each a folder"):
+            read_image(folder, 3)
+
+    def test_slices_are_known_by_their_header(self) -> None:
+        folder = temporary_folder(self)
+        array = pixels(4, 6, 9, dtype=np.uint16)
+        frames = save_frames(folder / "frames.dcm", array)
+        (folder / "broken.dcm").write_bytes(b"\0" * 128 + b"DICM" + b"\0" * 10)
+        Image.fromarray(pixels(6, 9)).save(folder / "a.png")
+        slices = [save_dicom(folder / name, array[0]) for name in ("one.dcm", "7106")]
+        found = [path for path in sorted(folder.iterdir()) if is_dicom_slice(path)]
+        self.assertEqual(found, sorted(slices))
+        self.assertEqual(read_image(frames, 3).shape, (1, 4, 6, 9))
+
 
 class TestBadFiles(unittest.TestCase):
     def test_truncated_files_are_named(self) -> None:
@@ -315,9 +397,9 @@ class TestNames(unittest.TestCase):
     def test_image_size(self, given: Any, spatial_dims: int, expected: tuple[int, ...]) -> None:
         self.assertEqual(image_size_tuple(given, spatial_dims), expected)
 
-    @parameterized.expand([(8, 4), (0, 2), ((8, 8), 3), ((8, -1), 2), ((8, 8.0), 2)])
+    @parameterized.expand([(8, 4), (0, 2), ((8, 8), 3), ((8, -1), 2), ((8, 8.0), 2), (32.5, 2), ("32", 3), (None, 2)])
     def test_wrong_image_size(self, given: Any, spatial_dims: int) -> None:
-        with self.assertRaisesRegex(ValueError, "spatial_dims must be 2 or 3|image_size must be one positive"):
+        with self.assertRaisesRegex(ValueError, "--spatial_dims must be 2 or 3|--image_size must be one positive"):
             image_size_tuple(given, spatial_dims)
 
 

@@ -198,6 +198,14 @@ class TestFiles(unittest.TestCase):
         grid = original_grid(path, 2)
         self.assertEqual((grid.shape, grid.affine), ((5, 9), None))
 
+    @parameterized.expand([("jpg", 1), ("jpg", 6), ("png", 3), ("png", 8)])
+    def test_pictures_lie_upright(self, ending: str, orientation: int) -> None:
+        path, exif = temporary_folder(self) / f"a.{ending}", Image.Exif()
+        exif[0x0112] = orientation
+        Image.fromarray(pixels(20, 40)).save(path, exif=exif)
+        self.assertEqual(original_grid(path, 2).shape, read_image(path).shape[1:])
+        self.assertEqual(original_grid(path, 2).shape, (40, 20) if orientation in (6, 8) else (20, 40))
+
     def test_arrays(self) -> None:
         self.assertEqual(original_grid(np.zeros((3, 5, 9)), 2).shape, (5, 9))
         volume = np.random.default_rng(0).normal(size=(1, 4, 5, 6)).astype(np.float32)

@@ -150,14 +150,14 @@ class TestFiles(unittest.TestCase):
     def test_all_parts_together_in_the_order_of_the_names(self) -> None:
         folder = temporary_folder(self)
         stored = open_source(save_npz(folder))
-        self.assertTrue(stored.has_parts)
+        self.assertEqual(stored.given_parts, {"train", "val", "test"})
         names = [f"{part}/{n:06d}" for part in ("test", "train", "val") for n in range(10)]
         self.assertEqual([item["name"] for item in stored.part("all")], names)
         np.savez(folder / "new.npz", images=pixels(0, 50, 6, 8))
         drawn = open_source(folder / "new.npz")
-        self.assertFalse(drawn.has_parts)
+        self.assertEqual(drawn.given_parts, set())
         self.assertEqual([item["name"] for item in drawn.part("all")], [f"images/{n:06d}" for n in range(50)])
-        self.assertTrue(open_source(phantom_counts=COUNTS).has_parts)
+        self.assertEqual(open_source(phantom_counts=COUNTS).given_parts, {"train", "val", "test"})
 
     def test_patient_goes_along(self) -> None:
         folder = save_folder(temporary_folder(self), 6, patients=3)
@@ -183,6 +183,87 @@ class TestFiles(unittest.TestCase):
             source = open_source("medmnist:pneumoniamnist", image_size=64)
         download.assert_called_once_with("pneumoniamnist", 64, spatial_dims=2)
         self.assertEqual((source.name, source.image_size), ("medmnist:pneumoniamnist", (64, 64)))
+
+    @parameterized.expand(
+        [
+            ("image_column", "photo"),
+            ("label_column", "dx"),
+            ("label_column", ["p", "q"]),
+            ("split_column", "fold"),
+            ("patient_column", "pid"),
+            ("mask_column", "seg"),
+        ]
+    )
+    def test_columns_are_refused_where_there_are_none(self, option: str, value: str | list[str]) -> None:
+        folder = temporary_folder(self)
+        for name in ("a", "b"):
+            (folder / "classes" / name).mkdir(parents=True)
+            save_png(pixels(0, 6, 8), folder / "classes" / name / "0.png")
+        path = save_npz(folder)
+        options: dict[str, Any] = {option: value}
+        named = f"--{option} {value if isinstance(value, str) else 'p,q'} cannot be used: "
+        for place, what in ((folder / "classes", "classes has no CSV"), (path, "data.npz has arrays"), (None, "phant")):
+            with self.assertRaisesRegex(ValueError, f"open_source: {named}{what}.*Leave the option out, or add a CSV"):
+                open_source(place, **options)
+            open_source(place, **options, usual_columns=options)
+            joined = {option: value if isinstance(value, str) else "p, q"}
+            open_source(place, **options, usual_columns=joined)
+            with self.assertRaisesRegex(ValueError, named):
+                open_source(place, **options, usual_columns={option: "other"})
+        with mock.patch.object(source_module, "download_medmnist", return_value=path):
+            with self.assertRaisesRegex(ValueError, named):
+                open_source("medmnist:pneumoniamnist", **options)
+
+    @parameterized.expand([("image_column", 3), ("label_column", 3), ("label_column", None)])
+    def test_columns_of_another_kind_are_refused(self, option: str, value: Any) -> None:
+        with self.assertRaisesRegex(TypeError, f"{option} must be a list of names, or names joined by commas, got"):
+            open_source(save_folder(temporary_folder(self)), **{option: value})
+
+    def test_all_refused_columns_are_named_and_usual_ones_do_not_hide_others(self) -> None:
+        options: dict[str, Any] = {"patient_column": "pid", "split_column": "fold", "label_column": "label"}
+        with self.assertRaisesRegex(ValueError, "open_source: --split_column fold, --patient_column pid cannot"):
+            open_source(**options)
+        with self.assertRaisesRegex(ValueError, "open_source: --split_column fold cannot"):
+            open_source(**options, usual_columns={"patient_column": "pid"})
+
+    def test_columns_of_a_table_are_used_whatever_is_usual(self) -> None:
+        folder = save_folder(temporary_folder(self), 6, patients=3)
+        source = open_source(folder, patient_column="patient", usual_columns={"patient_column": "pid"})
+        self.assertEqual(source.part("all")[4]["patient"], "1")
+        with self.assertRaisesRegex(ValueError, "no column 'pid'"):
+            open_source(folder, patient_column="pid", usual_columns={"patient_column": "pid"})
+
+    def test_division_of_each_label_of_several(self) -> None:
+        folder = temporary_folder(self)
+        np.savez(folder / "x.npz", images=pixels(0, 20, 6, 8), labels=np.eye(5, dtype=int)[np.arange(20) % 5])
+        source = open_source(folder / "x.npz")
+        self.assertEqual([len(source.part(part)) for part in ("train", "val", "test")], [13, 3, 4])
+
+    def test_parts_that_are_drawn_are_told_from_given_ones(self) -> None:
+        folder = temporary_folder(self)
+        np.savez(folder / "x.npz", train_images=pixels(0, 40, 6, 8))
+        self.assertEqual(open_source(folder / "x.npz").given_parts, set())  # training images went to other parts
+        np.savez(folder / "x.npz", train_images=pixels(0, 40, 6, 8), test_images=pixels(1, 5, 6, 8))
+        self.assertEqual(open_source(folder / "x.npz").given_parts, {"test"})
+
+    @parameterized.expand([("c,b, a",), (("c", "b", "a"),), (["c", "b", "a"],)])
+    def test_class_names_as_text(self, names: Any) -> None:
+        source = open_source(save_folder(temporary_folder(self)), class_names=names)
+        self.assertEqual(source.class_names, ["c", "b", "a"])
+        text = open_source(class_names="normal,opacity,effusion", phantom_counts=COUNTS)
+        self.assertEqual(text.class_names, ["normal", "opacity", "effusion"])
+
+    @parameterized.expand([(2,), ({"a": 1},), (1.5,)])
+    def test_class_names_of_another_kind_are_refused(self, names: Any) -> None:
+        with self.assertRaisesRegex(TypeError, "class_names must be a list of names, or names joined by commas, got"):
+            open_source(save_folder(temporary_folder(self)), class_names=names)
+
+    def test_boolean_images(self) -> None:
+        images = pixels(0, 10, 6, 8) > 127
+        source = open_source(save_npz(temporary_folder(self), train_images=images))
+        source.preflight()
+        prepared = source.preprocessing()(source.part("train")[3])["image"]
+        np.testing.assert_array_equal(prepared[0].numpy(), np.where(images[3], 1.0, -1.0))
 
     def test_class_names_give_the_order_and_may_name_absent_classes(self) -> None:
         folder = save_folder(temporary_folder(self))
@@ -227,6 +308,16 @@ class TestFiles(unittest.TestCase):
             open_source(image_size=(8, 8, 8))
         with self.assertRaisesRegex(ValueError, "spatial_dims must be 2 or 3"):
             open_source(spatial_dims=4)
+
+    @parameterized.expand(
+        [
+            ({"spatial_dims": 4}, "--spatial_dims must be 2 or 3, got 4"),
+            ({"image_size": 32.5}, "--image_size must be one positive whole number or 2 of them, got 32.5"),
+        ]
+    )
+    def test_wrong_sizes_are_refused_before_data_are_read(self, options: dict[str, Any], message: str) -> None:
+        with self.assertRaisesRegex(ValueError, message):
+            open_source(temporary_folder(self) / "none", **options)
 
 
 class TestSource(unittest.TestCase):
@@ -279,7 +370,9 @@ class TestSource(unittest.TestCase):
         np.savez(self.folder / "data.npz", test_images=pixels(0, 3, 4, 4))
         source = open_source(self.folder / "data.npz")
         self.assertEqual(len(source.part("test")), 3)
-        with self.assertRaisesRegex(ValueError, "train part of data.npz has no images .train 0, val 0, test 3."):
+        with self.assertRaisesRegex(
+            ValueError, "train part of data.npz has no images .train 0, val 0, test 3.. Give it some, by the split"
+        ):
             source.part("train")
         with self.assertRaisesRegex(ValueError, "'valid' is no part"):
             source.part("valid")

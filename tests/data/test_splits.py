@@ -68,6 +68,45 @@ class TestCompleteParts(unittest.TestCase):
             for part, share in SHARES.items():
                 self.assertLessEqual(abs(counts[label, part] - share * 50), 1.0)
 
+    @parameterized.expand([(200, 10, 0.3), (200, 10, 0.05), (2000, 14, 0.1), (20, 5, 0.25)])
+    def test_each_label_of_several_is_divided_as_all_images_are(self, count: int, labels: int, share: float) -> None:
+        entries = (np.random.default_rng(count).random((count, labels)) < share).astype(int)
+        parts = np.array(complete_parts([None] * count, [tuple(row) for row in entries.tolist()]))
+        for part, part_share in SHARES.items():
+            chosen = parts == part
+            self.assertLessEqual(abs(chosen.sum() - part_share * count), 1.0, part)
+            self.assertLessEqual(np.abs(entries[chosen].sum(0) - part_share * entries.sum(0)).max(), 5.0, part)
+
+    def test_patients_with_several_labels(self) -> None:
+        generator = np.random.default_rng(0)
+        entries, groups = (generator.random((600, 8)) < 0.2).astype(int), generator.integers(0, 200, 600).tolist()
+        parts = complete_parts([None] * 600, [tuple(row) for row in entries.tolist()], groups)
+        self.assertEqual({len(found) for found in parts_of_patients(parts, groups).values()}, {1})
+        for part, share in SHARES.items():
+            chosen = np.array(parts) == part
+            self.assertLessEqual(abs(chosen.sum() - share * 600), max(Counter(groups).values()))
+            self.assertLessEqual(np.abs(entries[chosen].sum(0) - share * entries.sum(0)).max(), 8.0)
+
+    @parameterized.expand([(20, 4), (10, 3), (2, 4), (7, 2), (30, 1)])
+    def test_small_classes_share_the_parts(self, classes: int, images: int) -> None:
+        count = classes * images
+        labels = [n % classes for n in range(count)]
+        for seed in range(3):
+            parts = complete_parts([None] * count, labels, seed=seed)
+            for part, share in SHARES.items():
+                self.assertLessEqual(abs(parts.count(part) - share * count), 1.0, part)
+            within = Counter(zip(labels, parts, strict=True))
+            for label in range(classes):
+                for part, share in SHARES.items():
+                    self.assertLess(abs(within[label, part] - share * images), 1.0 + 1e-9, (label, part))
+
+    def test_unlabelled_images_are_divided_too(self) -> None:
+        labels = [(-1.0, -1.0)] * 60 + [(1.0, 0.0)] * 20 + [(0.0, 1.0)] * 20
+        counts = Counter(zip(labels, complete_parts([None] * 100, labels), strict=True))
+        for label, total in Counter(labels).items():
+            for part, share in SHARES.items():
+                self.assertLessEqual(abs(counts[label, part] - share * total), 1.0, (label, part))
+
     @parameterized.expand([(0,), (1,), (2,), (3,)])
     def test_patients_stay_together_and_shares_stay_near(self, seed: int) -> None:
         generator = np.random.default_rng(seed)

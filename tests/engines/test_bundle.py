@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import io
 import unittest
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,9 @@ from parameterized import parameterized
 
 from monai_jointdiff.data import BalancedOrder, ImageSource, ShuffledOrder, open_source
 from monai_jointdiff.engines import (
+    PretrainedReport,
     announce,
+    check_channels,
     check_image_size,
     check_options,
     class_weights,
@@ -41,8 +44,13 @@ from monai_jointdiff.engines import (
     load_pretrained,
     load_weights,
 )
+from monai_jointdiff.networks import JointDiffusionUNet
 from tests.bundles.runs import temporary_folder, working_directory
 from tests.engines.small_run import small_network
+
+
+def conditional_network() -> JointDiffusionUNet:
+    return JointDiffusionUNet(**{**small_network().config, "class_conditional": True})
 
 
 def labelled(*labels: Any) -> list[dict[str, Any]]:
@@ -130,8 +138,21 @@ class TestOptions(unittest.TestCase):
             self.assertEqual(check.call_count, int(preflight))
             self.assertEqual(text.getvalue(), f"{source.summary()}\nweights: a/models\nresults: a/output\n")
 
+    def test_of_several_processes_the_first_announces_and_all_check_the_files(self) -> None:
+        source, text = open_source(phantom_counts=(3, 2, 1)), io.StringIO()
+        with (
+            mock.patch("torch.distributed.is_initialized", return_value=True),
+            mock.patch("torch.distributed.get_rank", return_value=1),
+            mock.patch.object(type(source), "preflight", side_effect=ValueError("bad.png")),
+            contextlib.redirect_stdout(text),
+            self.assertRaisesRegex(ValueError, "bad.png"),
+        ):
+            announce(source, "a/models", "a/output")
+        self.assertEqual(text.getvalue(), "")
+
     def test_right_options_pass(self) -> None:
         check_options(epochs=1, batch_size=1, learning_rate=1e-9, max_minutes=None, patience=None, balance="sampler")
+        check_options(num_workers=0, num_samples=0, val_interval=1, max_minutes=0.5, patience=1, epochs=np.int64(2))
 
     @parameterized.expand(
         [
@@ -140,15 +161,59 @@ class TestOptions(unittest.TestCase):
             ({"balance": "both"}, "--balance is 'both'"),
             ({"head": "magic"}, "--head is 'magic', it must be one of standardized, mediffusion"),
             ({"task": "segment"}, "--task is 'segment', it must be one of joint, denoise, classify"),
-            ({"num_workers": -1}, "--num_workers must be at least 0, got -1"),
-            ({"epochs": 0}, "--epochs must be greater than 0, got 0"),
-            ({"learning_rate": -1.0}, "--learning_rate must be greater than 0, got -1.0"),
-            ({"max_minutes": float("nan")}, "--max_minutes must be greater than 0"),
+            ({"num_workers": -1}, "--num_workers must be a whole number of at least 0, got -1"),
+            ({"num_workers": 0.5}, "--num_workers must be a whole number of at least 0, got 0.5"),
+            ({"num_samples": -1}, "--num_samples must be a whole number of at least 0, got -1"),
+            ({"epochs": 0}, "--epochs must be a whole number of at least 1, got 0"),
+            ({"epochs": 2.5}, "--epochs must be a whole number of at least 1, got 2.5"),
+            ({"epochs": True}, "--epochs must be a whole number of at least 1, got True"),
+            ({"batch_size": 2.5}, "--batch_size must be a whole number of at least 1, got 2.5"),
+            ({"batch_size": "many"}, "--batch_size must be a whole number of at least 1, got 'many'"),
+            ({"val_interval": 0}, "--val_interval must be a whole number of at least 1, got 0"),
+            ({"patience": 1.5}, "--patience must be a whole number of at least 1, got 1.5"),
+            ({"learning_rate": -1.0}, "--learning_rate must be a number greater than 0, got -1.0"),
+            ({"learning_rate": "abc"}, "--learning_rate must be a number greater than 0, got 'abc'"),
+            ({"learning_rate": False}, "--learning_rate must be a number greater than 0, got False"),
+            ({"max_minutes": float("nan")}, "--max_minutes must be a number greater than 0"),
         ]
     )
     def test_wrong_options(self, options: dict[str, Any], message: str) -> None:
         with self.assertRaisesRegex(ValueError, message):
             check_options(**options)
+
+    def network_of(self, channels: Sequence[int], groups: int, head: int | list[int]) -> JointDiffusionUNet:
+        attention = [False] * (len(channels) - 1) + [True]
+        sizes: dict[str, Any] = {"channels": channels, "norm_num_groups": groups, "num_head_channels": head}
+        return JointDiffusionUNet(2, 1, 1, num_classes=2, num_res_blocks=1, attention_levels=attention, **sizes)
+
+    @parameterized.expand([([16, 32, 64], 8, 32), ((8, 12), 4, 6), ([16], 8, 16), ([12, 8], 4, [5, 8])])
+    def test_right_channels_pass_and_make_a_network(
+        self, channels: Sequence[int], groups: int, head: int | list[int]
+    ) -> None:
+        check_channels(channels, groups, head)
+        self.assertEqual(self.network_of(channels, groups, head).config["channels"], list(channels))
+
+    @parameterized.expand([([],), ("",), ("[8, 16]",), (32,), (None,), ([8, 0],), ([8, -8],), ([8.0],), ([True],)])
+    def test_channels_that_are_no_list_of_counts(self, channels: Any) -> None:
+        with self.assertRaises(ValueError) as caught:
+            check_channels(channels, 8, 8)
+        self.assertRegex(str(caught.exception), "--channels must be a list of positive whole numbers")
+        self.assertIn(f'like "[16, 32, 64]", got {channels!r}.', str(caught.exception))
+
+    @parameterized.expand(
+        [
+            ([8, 12, 16], 8, 16, r"each number of --channels must be a multiple of 8, .* got \[8, 12, 16\]"),
+            ([8, 32, 16], 8, 32, r"the last number of --channels must be a multiple of 32, .* got \[8, 32, 16\]; or"),
+            ([8, 16], 8, [8, 3], "a multiple of 3, .* give --network_def#num_head_channels"),
+        ]
+    )
+    def test_channels_of_which_no_network_is_made(
+        self, channels: list[int], groups: int, head: int | list[int], message: str
+    ) -> None:
+        with self.assertRaisesRegex(ValueError, message):
+            check_channels(channels, groups, head)
+        with self.assertRaises(ValueError):
+            self.network_of(channels, groups, head)
 
     @parameterized.expand([(2, (16, 16)), (3, (4, 8, 16)), (1, (7, 9))])
     def test_size_that_can_be_halved_passes(self, levels: int, size: tuple[int, ...]) -> None:
@@ -269,6 +334,37 @@ class TestWeights(unittest.TestCase):
         self.assertEqual(with_gradient, expected)
         self.assertEqual(len(trainable), len(expected))
         self.assertEqual(len(freeze_encoder(small_network(), False)), len(list(network.parameters())))
+
+    def test_random_weights_are_not_frozen(self) -> None:
+        for key in ("conv_in.conv.weight", "middle_block.resnet_1.conv1.conv.bias"):
+            full = small_network().state_dict()
+            lacking = {name: weight for name, weight in full.items() if name != key}
+            for content in (lacking, {**full, key: torch.zeros(99)}):
+                network = small_network()
+                report = self.load(network, content)
+                with self.assertRaisesRegex(ValueError, rf"keep random weights of 1 tensors \({key}\)\. Give the"):
+                    freeze_encoder(network, True, report)
+                self.assertTrue(all(parameter.requires_grad for parameter in network.parameters()))
+                self.assertEqual(len(freeze_encoder(network, False, report)), len(list(network.parameters())))
+
+    def test_the_rest_of_the_network_may_be_new(self) -> None:
+        content = {key: weight for key, weight in small_network().state_dict().items() if not key.startswith("out.")}
+        network = small_network()
+        expected = len(freeze_encoder(small_network()))
+        self.assertEqual(len(freeze_encoder(network, True, self.load(network, content))), expected)
+
+    def test_new_class_condition_learns_and_a_loaded_one_does_not(self) -> None:
+        for start, learns in ((small_network(), True), (conditional_network(), False)):
+            network = conditional_network()
+            freeze_encoder(network, True, self.load(network, dict(start.state_dict())))
+            self.assertEqual(network.class_embedding.weight.requires_grad, learns)
+            self.assertFalse(network.conv_in.conv.weight.requires_grad)
+
+    def load(self, network: JointDiffusionUNet, content: dict[str, torch.Tensor]) -> PretrainedReport:
+        with contextlib.redirect_stdout(io.StringIO()):
+            report = load_pretrained(network, self.save(content))
+        assert report is not None
+        return report
 
 
 class TestWords(unittest.TestCase):

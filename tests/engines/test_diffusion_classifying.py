@@ -190,10 +190,24 @@ class TestImages(unittest.TestCase):
         source = source_of_model(model, None)
         found = images_to_decide(None, model)
         self.assertEqual((found.items, found.reference), (source.part("test"), source.part("val")))
-        self.assertEqual(str(found), "abstention is chosen on the validation part of phantoms of seed 0 (4 images)")
+        extent, reference = str(found).split("\n")
+        self.assertRegex(extent, "^evaluated: the test part: 4 of 14 images")
+        self.assertEqual(reference, "abstention is chosen on the validation part of phantoms of seed 0 (4 images)")
         val = images_to_decide(None, model, part="val")
         self.assertEqual((val.items, val.reference), (source.part("val"), []))
-        self.assertEqual(str(val), "abstention is chosen on the images themselves")
+        self.assertTrue(str(val).endswith("\nabstention is chosen on the images themselves"))
+
+    def test_all_parts_of_data_that_the_model_has_not_seen(self) -> None:
+        folder = temporary_folder(self)
+        for number in range(10):
+            picture(folder / ("Pear" if number % 2 else "Apple") / f"{number}.png")
+        model = model_of(["pear", "apple"])
+        found = images_to_decide(str(folder), model, part="all")
+        self.assertEqual((len(found.items), found.reference), (10, []))
+        self.assertEqual(str(found), "evaluated: all 10 images\nabstention is chosen on the images themselves")
+        drawn = images_to_decide(str(folder), model)
+        self.assertLess(len(drawn.items), 10)
+        self.assertIn("the test part, drawn by the seed (whether as for training is not recorded)", str(drawn))
 
     def test_limits(self) -> None:
         found = images_to_decide(None, phantom_model(), limit=2, reference_limit=3)
@@ -493,7 +507,12 @@ class TestTable(unittest.TestCase):
 
 class TestReporter(unittest.TestCase):
     def report(
-        self, result: DiffusionClassifierResult, labels: Any, multi_label: bool = False, **options: Any
+        self,
+        result: DiffusionClassifierResult,
+        labels: Any,
+        multi_label: bool = False,
+        patients: list[str] | None = None,
+        **options: Any,
     ) -> tuple[dict[str, Any], set[str]]:
         """`summary.json` and the names of all files."""
         folder = temporary_folder(self)
@@ -503,7 +522,7 @@ class TestReporter(unittest.TestCase):
         )
         names = [f"{n}.png" for n in range(len(labels))]
         with contextlib.redirect_stdout(io.StringIO()):
-            reporter(DiffusionPredictions(names, np.asarray(labels), result))
+            reporter(DiffusionPredictions(names, np.asarray(labels), result, patients=patients))
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
         return summary, {path.name for path in folder.iterdir()}
 
@@ -540,6 +559,29 @@ class TestReporter(unittest.TestCase):
         self.assertAlmostEqual(summary["abstention"]["abstained"], 1 / 6)
         squares = np.square([0, 3 / 4, 0, 1 / 4, 3 / 4]).mean()
         self.assertAlmostEqual(summary["brier"]["value"], float(squares))
+
+    def test_intervals_are_those_of_patients(self) -> None:
+        right = [[0, 0, 1], [1, 1, 1]] * 12  # 24 images, of which the second half is answered wrongly
+        labels = [0, 1] * 6 + [1, 0] * 6
+        result = result_of(right, 3, head=[[0.5, 0.3, 0.2]] * 24)
+
+        def width(figure: dict[str, Any]) -> float:
+            return float(figure["high"] - figure["low"])
+
+        def figures(patients: list[str] | None) -> list[dict[str, Any]]:
+            summary, _ = self.report(result, labels, patients=patients, head="nominate")
+            self.assertEqual("notes" in summary, patients is not None)
+            accuracies = [part["selective"]["accuracy_at_coverage"][0] for part in (summary, summary["head"])]
+            return [*accuracies, summary["accuracy_of_first_draws"][-1], summary["brier"]]
+
+        alone = figures(None)
+        of_two = figures([f"{n // 2}" for n in range(24)])  # both images of a patient are right or both wrong
+        for image, patient in zip(alone, of_two, strict=True):
+            self.assertEqual(image["value"], patient["value"])
+        self.assertGreater(width(of_two[0]), width(alone[0]))
+        self.assertGreater(width(of_two[2]), width(alone[2]))
+        for figure in figures([f"{n // 3}" for n in range(24)]):  # eight patients
+            self.assertIsNone(figure["low"])
 
     def test_without_labels_there_are_answers_only(self) -> None:
         summary, files = self.report(result_of([[0, 1], [0, 0]], 2), [-1, -1])

@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 from parameterized import parameterized
 
-from monai_jointdiff.data import read_image
+from monai_jointdiff.data import encode_labels, read_image
 from monai_jointdiff.engines import (
     ClassificationReporter,
     Decision,
@@ -132,8 +132,20 @@ class TestPredictionsCsv(unittest.TestCase):
         write_predictions_csv(given, SEVERAL, path)
         found = rows(path)
         self.assertEqual([row["image"] for row in found], ["x,1", "y"])
-        self.assertEqual([row["prediction"] for row in found], ["a|b", ""])
+        self.assertEqual([row["prediction"] for row in found], ["a|b", "no finding"])
         self.assertEqual([row["label"] for row in found], ["a|b", ""])
+
+    def test_no_finding_and_unknown_are_read_back_as_they_are(self) -> None:
+        path = temporary_folder(self) / "predictions.csv"
+        labels = [[0.0, 0.0], [-1.0, -1.0], [0.0, 1.0], [1.0, 1.0]]
+        given = Predictions(["p", "q", "r", "s"], np.array([[-9.0, -9.0]] * 4), np.array(labels))
+        write_predictions_csv(given, SEVERAL, path)
+        found = rows(path)
+        for names in (None, ["a", "b"]):
+            read = encode_labels([row["label"] for row in found], names, given.names)
+            self.assertEqual((read.labels, read.class_names), (labels, ["a", "b"]))
+        decided = encode_labels([row["prediction"] for row in found], ["a", "b"], given.names, multi_label=True)
+        self.assertEqual(decided.labels, [[0.0, 0.0]] * 4)
 
 
 class TestReporter(unittest.TestCase):

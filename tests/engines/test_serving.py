@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import pickle
 import unittest
 from dataclasses import replace
 from pathlib import Path
@@ -27,11 +28,13 @@ import numpy as np
 import torch
 from parameterized import parameterized
 
-from monai_jointdiff.data import open_source
+from monai_jointdiff.data import ImageSource, open_source, open_with_few_labels
 from monai_jointdiff.engines import (
     ModelDescription,
     announce_model,
+    division_of,
     images_to_classify,
+    images_to_decide,
     load_trained,
     noise_items,
     noise_of_draws,
@@ -44,6 +47,7 @@ from monai_jointdiff.engines import (
 from monai_jointdiff.transforms import N4BiasFieldCorrection
 from monai_jointdiff.visualize import save_png
 from tests.bundles.runs import temporary_folder
+from tests.data.test_reading import has_pydicom, pixels, save_series
 from tests.engines.small_run import small_network
 
 COUNTS = (6, 4, 4)
@@ -161,6 +165,19 @@ class TestPartsOfTheModel(unittest.TestCase):
         self.assertNotEqual([item["name"] for item in other.part("test")], names)
 
 
+class TestColumnsOfAModel(unittest.TestCase):
+    def test_those_of_the_training_do_not_matter_where_there_are_none_and_others_are_refused(self) -> None:
+        folder = temporary_folder(self)
+        np.savez(folder / "x.npz", images=np.zeros((50, 8, 8), np.uint8))
+        model = phantom_model()
+        opened_with = {**model.data["opened_with"], "patient_column": "lesion_id", "label_column": ["p", "q"]}
+        model = replace(model, data={**model.data, "opened_with": opened_with})
+        for options in ({}, {"patient_column": "lesion_id", "label_column": "p,q"}, {"patient_column": "patient"}):
+            self.assertEqual(len(source_of_model(model, str(folder / "x.npz"), **options).part("all")), 50)
+        with self.assertRaisesRegex(ValueError, "--patient_column pid cannot be used: x.npz has arrays"):
+            source_of_model(model, str(folder / "x.npz"), patient_column="pid")
+
+
 class TestPartInWords(unittest.TestCase):
     def test_how_much_of_the_data_it_is(self) -> None:
         folder = temporary_folder(self)
@@ -168,13 +185,85 @@ class TestPartInWords(unittest.TestCase):
         drawn, stored = open_source(str(folder / "x.npz")), open_source(image_size=8, phantom_counts=COUNTS)
         count = len(drawn.part("test"))
         self.assertLess(count, 25)
+        model = replace(phantom_model(), division=division_of(drawn))
         expected = f"the test part, drawn by the seed as for training: {count} of 50 images (of data"
-        self.assertIn(expected, part_in_words(drawn, "test"))
-        self.assertIn("--part all", part_in_words(drawn, "test"))
-        self.assertEqual(part_in_words(drawn, "all"), "evaluated: all 50 images")
-        self.assertIn("the val part: 4 of 14 images", part_in_words(stored, "val"))
+        self.assertIn(expected, part_in_words(drawn, "test", model))
+        self.assertIn("--part all", part_in_words(drawn, "test", model))
+        self.assertEqual(part_in_words(drawn, "all", model), "evaluated: all 50 images")
+        self.assertIn("the val part: 4 of 14 images", part_in_words(stored, "val", model))
         with self.assertRaisesRegex(ValueError, "'tset' is no part"):
-            part_in_words(stored, "tset")
+            part_in_words(stored, "tset", model)
+        older = phantom_model()
+        self.assertIsNone(older.division)
+        expected = f"the test part, drawn by the seed (whether as for training is not recorded): {count} of 50 images"
+        self.assertIn(expected, part_in_words(drawn, "test", older))
+
+
+class TestDrawnPartsOfChangedData(unittest.TestCase):
+    """Of ten apples and ten pears in folders a model is trained; then something changes."""
+
+    def setUp(self) -> None:
+        self.folder = temporary_folder(self) / "fruit"
+        for n in range(20):
+            picture(self.folder / ("pear" if n % 2 else "apple") / f"{n:02d}.png", n)
+        trained = open_source(self.folder, image_size=8)
+        self.model = replace(phantom_model(), data=trained.description(), division=division_of(trained))
+        self.trained = {str(item["name"]) for item in trained.part("train")}
+
+    def refused(self, **options: Any) -> ImageSource:
+        source = source_of_model(self.model, str(self.folder), **options)
+        for part in ("train", "val", "test"):
+            with self.assertRaisesRegex(
+                ValueError, rf"fruit does not say which images are its {part} part.*--part all"
+            ):
+                part_in_words(source, part, self.model)
+            with self.assertRaisesRegex(ValueError, "a part drawn by the seed could hold training images"):
+                images_to_decide(str(self.folder), self.model, part, **options)
+        count = len(source.part("all"))
+        self.assertEqual(part_in_words(source, "all", self.model), f"evaluated: all {count} images")
+        self.assertEqual(len(images_to_decide(str(self.folder), self.model, "all", **options).items), count)
+        return source
+
+    def test_unchanged(self) -> None:
+        source = source_of_model(self.model, str(self.folder))
+        self.assertEqual({str(item["name"]) for item in source.part("train")}, self.trained)
+        self.assertIn("drawn by the seed as for training: 4 of 20 images", part_in_words(source, "test", self.model))
+        moved = self.folder.rename(self.folder.with_name("moved"))
+        self.assertIn("as for training", str(images_to_decide(str(moved), self.model)))
+
+    def test_one_more_image(self) -> None:
+        picture(self.folder / "apple" / "20.png", 20)
+        source = self.refused()
+        self.assertTrue(self.trained & {str(item["name"]) for item in source.part("test")})  # the harm
+
+    def test_a_corrected_label(self) -> None:
+        (self.folder / "apple" / "00.png").rename(self.folder / "pear" / "00.png")
+        self.refused()
+
+    def test_another_seed(self) -> None:
+        self.refused(seed=1)
+
+    def test_data_that_say_it_themselves(self) -> None:
+        parts = {"train": "apple", "val": "pear", "test": "apple"}
+        other = self.folder.parent / "other"
+        for number, (part, name) in enumerate(parts.items()):
+            picture(other / part / name / f"{number}.png", number)
+        source = source_of_model(self.model, str(other))
+        for part in parts:
+            self.assertIn(f"evaluated: the {part} part: 1 of 3 images", part_in_words(source, part, self.model))
+
+    def test_few_labels_leave_the_division(self) -> None:
+        few = open_with_few_labels(self.folder, num_labels=4, validation_count=2, image_size=8)
+        self.assertLess(len(few.part("val")), len(open_source(self.folder, image_size=8).part("val")))
+        self.assertEqual(division_of(few), self.model.division)
+
+    def test_is_in_the_model_json_and_older_files_lack_it(self) -> None:
+        path = self.folder / "model.json"
+        self.model.save(path)
+        self.assertEqual(ModelDescription.load(path), self.model)
+        older = json.loads(path.read_text(encoding="utf-8"))
+        del older["division"]
+        self.assertIsNone(ModelDescription.from_dict(older).division)
 
 
 class TestPreparationOfTheModel(unittest.TestCase):
@@ -189,6 +278,16 @@ class TestPreparationOfTheModel(unittest.TestCase):
             expected = trained.preprocessing()(item)
             torch.testing.assert_close(prepare(item)["image"], expected["image"], rtol=0, atol=0)
             torch.testing.assert_close(prepare(item)["mask"], expected["mask"])
+
+    def test_model_of_images_that_phantoms_cannot_be(self) -> None:
+        data = open_source(phantoms="skin", image_size=16, phantom_counts=COUNTS).description()
+        model = replace(phantom_model(), data={**data, "spatial_dims": 3, "image_size": [8, 8, 8]})
+        prepare = pickle.loads(pickle.dumps(preprocessing_of_model(model)))  # as workers of a loader get it
+        volume = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 8)).astype(np.uint8)
+        self.assertEqual(prepare({"image": volume, "label": 0, "name": "v"})["image"].shape, (3, 8, 8, 8))
+        with self.assertRaises(RuntimeError) as caught:  # MONAI's Compose raises it from the transform's own error
+            prepare({"image": 0, "label": 0, "name": "phantom/000000"})
+        self.assertIn("skin is drawn from above", str(caught.exception.__cause__))
 
     def test_description_of_an_older_version_has_chests_and_no_correction(self) -> None:
         model = phantom_model()
@@ -225,7 +324,8 @@ class TestSlicesToClassify(unittest.TestCase):
             )
 
     def model(self, **options: Any) -> ModelDescription:
-        source = open_source(phantoms="brain", image_size=8, phantom_counts=COUNTS, **options)
+        usual = {"image_column": ["flair", "t1c"]}
+        source = open_source(phantoms="brain", image_size=8, phantom_counts=COUNTS, usual_columns=usual, **options)
         return ModelDescription(small_network().config, {}, source.description())
 
     def test_as_the_training_would_cut_them(self) -> None:
@@ -255,6 +355,19 @@ class TestImagesToClassify(unittest.TestCase):
         several = images_to_classify(str(folder), model_of(["a", "b"], True))
         self.assertEqual(several[0]["label"], [-1.0, -1.0])
 
+    @unittest.skipUnless(has_pydicom, "needs pydicom")
+    def test_series_is_a_volume_for_a_model_of_volumes(self) -> None:
+        folder = temporary_folder(self)
+        for name in ("p0", "p1"):
+            save_series(folder / name, pixels(4, 6, 9, dtype=np.uint16))
+        model = phantom_model(3)
+        items = images_to_classify(str(folder), model)
+        self.assertEqual([item["name"] for item in items], ["p0", "p1"])
+        self.assertEqual(preprocessing_of_model(model)(items[0])["image"].shape, model.image_shape)
+        (item,) = images_to_classify(str(folder / "p1"), model)
+        self.assertEqual(item["name"], "p1")
+        self.assertEqual(len(images_to_classify(str(folder), phantom_model())), 8)
+
     def test_items_pass_the_preprocessing(self) -> None:
         folder = temporary_folder(self)
         picture(folder / "b.png")
@@ -272,6 +385,12 @@ class TestImagesToClassify(unittest.TestCase):
         for model in (phantom_model(), model_of(["a", "b"], True)):
             items = images_to_classify(str(folder / "x.npz"), model)
             self.assertEqual([item["name"] for item in items], ["test/000000", "test/000001"])
+
+    def test_without_a_test_part_all_are_taken(self) -> None:
+        folder = temporary_folder(self)
+        np.savez(folder / "x.npz", train_images=np.zeros((40, 8, 8), np.uint8))
+        items = images_to_classify(str(folder / "x.npz"), phantom_model())
+        self.assertEqual([item["name"] for item in items], [f"train/{n:06d}" for n in range(40)])
 
     def test_data_without_parts_are_taken_whole(self) -> None:
         folder = temporary_folder(self)

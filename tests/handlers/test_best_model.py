@@ -62,6 +62,7 @@ class TestBestModel(unittest.TestCase):
         best = BestModel(network, self.folder, "val", larger_is_better)
         self.assertEqual(self.validate(best, values, network), expected)
         self.assertEqual((best.value, best.epoch, best.iteration), (value, expected[-1], None))
+        self.assertEqual(best.validated, len(values))  # also where the metric was no number
 
     def test_keeps_the_last(self):
         network = nn.Linear(1, 1, bias=False)
@@ -91,8 +92,16 @@ class TestBestModel(unittest.TestCase):
         for folder in (self.folder, self.folder.parent / "elsewhere"):
             resumed = BestModel(network, folder, "val")
             resumed.load_state_dict(state)
-            self.assertEqual((resumed.value, resumed.epoch), (0.5, 1))
+            self.assertEqual((resumed.value, resumed.epoch, resumed.validated), (0.5, 1, 2))
             self.assertEqual(resumed.path.read_bytes(), content)
+
+    def test_state_of_an_older_version_knows_only_the_best_validation(self):
+        network = nn.Linear(1, 1, bias=False)
+        best = BestModel(network, self.folder, "val")
+        self.validate(best, [0.5, 0.4], network)
+        older = {key: value for key, value in best.state_dict().items() if key != "validated"}
+        best.load_state_dict(older)
+        self.assertEqual((best.epoch, best.validated), (1, 1))
 
     def test_state_before_the_first_validation(self):
         best = BestModel(nn.Linear(1, 1), self.folder, "val")
@@ -146,11 +155,12 @@ class TestBestModel(unittest.TestCase):
 
 
 class TestEarlyStop(unittest.TestCase):
-    def run_with(self, bests: list[int], patience: int, done: int = 0) -> int:
-        """Epochs that a run of 10 makes when the best epoch after epoch e is `bests[e - 1]`."""
+    def run_with(self, bests: list[int], patience: int, done: int = 0, interval: int = 1) -> int:
+        """Epochs that a run of 10 makes when the best epoch after the validation of epoch e is `bests[e - 1]`."""
         best = BestModel(nn.Linear(1, 1), "unused", "val")
-        if done:
-            best.epoch = bests[done - 1]
+        if done >= interval:
+            validated = done // interval * interval
+            best.epoch, best.validated = bests[validated - 1], validated
         trainer = Engine(lambda engine, batch: None)
         epochs: list[int] = []
 
@@ -160,7 +170,8 @@ class TestEarlyStop(unittest.TestCase):
 
         @trainer.on(Events.EPOCH_COMPLETED)
         def validate(engine: Engine) -> None:
-            best.epoch = bests[engine.state.epoch - 1]
+            if engine.state.epoch % interval == 0:
+                best.epoch, best.validated = bests[engine.state.epoch - 1], engine.state.epoch
             epochs.append(engine.state.epoch)
 
         EarlyStop(best, patience).attach(trainer)
@@ -172,6 +183,12 @@ class TestEarlyStop(unittest.TestCase):
         self.assertEqual(self.run_with(bests, patience=2), 4)
         self.assertEqual(self.run_with(bests, patience=3), 8)
         self.assertEqual(self.run_with(bests, patience=6), 10)
+
+    @parameterized.expand([(1, 6), (2, 6), (3, 6), (4, 9), (6, 9), (7, 10)])
+    def test_epochs_count_when_they_are_validated(self, patience, expected):
+        bests = [0, 0, 3, 3, 3, 3, 3, 3, 3, 3]  # validations of epochs 3, 6 and 9: the first is the best
+        for done in (0, 2, 3, 4, 5):  # a resumed run as well
+            self.assertEqual(self.run_with(bests, patience, done, interval=3), expected)
 
     def test_resumed_run_stops_at_the_same_epoch(self):
         bests = [1, 2, 2, 2, 2, 2, 2, 2, 2, 2]

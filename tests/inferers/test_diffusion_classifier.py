@@ -11,14 +11,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import unittest
 from typing import Any
 
 import torch
 from parameterized import parameterized
+from scipy import stats
 from torch import nn
 
-from monai_jointdiff.inferers import DiffusionClassifierInferer, NoiseDraws, aggregate, count_votes, replay
+from monai_jointdiff.inferers import (
+    DRAWS,
+    DiffusionClassifierInferer,
+    DiffusionClassifierResult,
+    NoiseDraws,
+    aggregate,
+    count_votes,
+    flip_probability,
+    replay,
+)
 from monai_jointdiff.inferers.diffusion_classifier import smallest_set
 from monai_jointdiff.schedulers import DDIMGridScheduler
 from tests.inferers.utils import Recorder, tiny_unet
@@ -158,6 +169,52 @@ class TestStopping(unittest.TestCase):
         self.assertEqual(made.sum(dim=1).tolist(), [28] * 4)
         expected = full.errors.scatter(1, worst[:, None], torch.inf).argmin(dim=1)
         self.assertEqual(staged.prediction.tolist(), expected.tolist())
+
+
+class TestStoppingOfStratifiedDraws(unittest.TestCase):
+    """Recorded races with a strong profile: the difference falls by 4 over the noise levels, with noise of 1."""
+
+    def setUp(self):
+        generator = torch.Generator().manual_seed(7)
+        self.options = {"error_rate": 0.02, "timestep_range": (0.1, 0.9)}
+        timesteps = DiffusionClassifierInferer(SCHEDULER, 101, **self.options).shared_timesteps
+        mean = torch.randn(300, 1, generator=generator)
+        d = mean + 2 - 0.05 * (timesteps - 10) + torch.randn(300, 101, generator=generator)
+        self.errors = torch.stack([torch.zeros_like(d), d], dim=1)
+
+    def stopped(self, errors: torch.Tensor, **options: Any) -> DiffusionClassifierResult:
+        return replay(errors, DiffusionClassifierInferer(SCHEDULER, 101, **self.options, **options))
+
+    @parameterized.expand([("majority",), ("mean",)])
+    def test_fewer_calls_than_of_independent_draws(self, rule):
+        spread, independent = (self.stopped(self.errors, rule=rule, draws=kind) for kind in DRAWS)
+        full = aggregate(self.errors, rule).argmax(dim=1)
+        self.assertLess(float(spread.network_calls.mean()), 0.8 * float(independent.network_calls.mean()))
+        self.assertGreaterEqual(float((spread.prediction == full).double().mean()), 0.98)
+
+    @parameterized.expand([(rule, kind) for rule in ("majority", "mean") for kind in DRAWS])
+    def test_the_test_is_told_the_timesteps_of_stratified_draws_alone(self, rule, kind):
+        inferer = DiffusionClassifierInferer(SCHEDULER, 101, rule=rule, draws=kind, **self.options)
+        drawn = NoiseDraws([0], (1,), 101, *inferer.timesteps, kind)
+        self.assertEqual(inferer.timesteps, (10, 89))
+        timesteps = drawn.timesteps[0] if kind == "stratified" else None
+        flips = flip_probability(self.errors[:, :, :12], 101, rule, timesteps)
+        keep = (flips.amin(dim=1, keepdim=True) > 0.02) | (flips == 1)
+        self.assertTrue(torch.equal(inferer.still_running(self.errors[:, :, :12]), keep))
+        self.assertTrue(0 < int(keep.all(dim=1).sum()) < 300)
+
+    @parameterized.expand([("majority",), ("mean",)])
+    def test_several_labels_are_races_of_their_own(self, rule):
+        labels = self.stopped(self.errors.reshape(100, 3, 2, 101), rule=rule)
+        classes = self.stopped(self.errors, rule=rule)
+        self.assertEqual(labels.num_draws.flatten().tolist(), classes.num_draws.tolist())
+        self.assertEqual(labels.prediction.flatten().tolist(), classes.prediction.tolist())
+
+    def test_classes_are_dropped_on_the_way(self):
+        hopeless = torch.cat([self.errors, self.errors.amax(dim=1, keepdim=True) + 3 + torch.rand(300, 1, 101)], dim=1)
+        three, two = self.stopped(hopeless, rule="mean"), self.stopped(self.errors, rule="mean", min_draws=8)
+        self.assertLess(float((~three.draw_errors[:, 2].isnan()).sum(dim=1).double().mean()), 12)
+        self.assertGreater(float((three.prediction == two.prediction).double().mean()), 0.98)
 
 
 class TestReplay(unittest.TestCase):
@@ -339,8 +396,45 @@ class TestUncertainty(unittest.TestCase):
         difference = errors[rows, 1 - result.prediction] - errors[rows, result.prediction]
         torch.testing.assert_close(result.margin, difference.mean(dim=1))
         low, high = result.margin_interval(0.9)
+        steps = difference[:, result.timesteps.argsort()].diff(dim=1)
+        std = (steps.square().sum(dim=1) / 20).sqrt()
+        torch.testing.assert_close(high - low, 2 * stats.t.ppf(0.95, 2 * 100 / 29) * std / 11**0.5)
+        torch.testing.assert_close((high + low) / 2, result.margin)
+        independent = dataclasses.replace(result, timesteps=None)
+        low, high = independent.margin_interval(0.9)
         torch.testing.assert_close(high - low, 2 * 1.8124611 * difference.std(dim=1) / 11**0.5)  # t, 10 degrees
         torch.testing.assert_close((high + low) / 2, result.margin)
+
+    def test_margin_interval_covers_the_mean_over_the_noise_levels(self):
+        """Recorded differences with a known mean at each level; 2,000 images, three standard errors are .015."""
+        generator = torch.Generator().manual_seed(0)
+        inferer = DiffusionClassifierInferer(SCHEDULER, 51, timestep_range=(0.2, 1.0))
+        mean = 6 - 0.08 * inferer.shared_timesteps.double()
+        d = mean + torch.randn(2000, 51, generator=generator).double()
+        errors = torch.stack([torch.zeros_like(d), d], dim=1)
+        result = replay(errors, inferer)
+        self.assertEqual(result.prediction.sum(), 0)
+        low, high = result.margin_interval(0.9)
+        covered = ((low <= mean.mean()) & (mean.mean() <= high)).double().mean()
+        self.assertAlmostEqual(float(covered), 0.9, delta=0.02)
+        independent = replay(errors, DiffusionClassifierInferer(SCHEDULER, 51, draws="random"))
+        self.assertIsNone(independent.timesteps)
+        wide = torch.stack(independent.margin_interval(0.9)).diff(dim=0)[0]
+        self.assertGreater(float((wide / (high - low)).mean()), 1.5)
+
+    def test_margin_interval_of_images_with_different_numbers_of_draws(self):
+        """Each as if it were alone, and NaN with fewer than two."""
+        errors = torch.rand(3, 2, 9, generator=torch.Generator().manual_seed(1))
+        result = replay(errors, DiffusionClassifierInferer(SCHEDULER, 9))
+        some = errors.clone()
+        some[0, :, 5:], some[1, :, 1:] = torch.nan, torch.nan
+        prediction = torch.tensor([int(errors[0, :, :5].mean(dim=1).argmin()), 0, int(result.prediction[2])])
+        low, high = dataclasses.replace(result, draw_errors=some, prediction=prediction).margin_interval()
+        d = (errors[0, 0, :5] - errors[0, 1, :5]).double()
+        std = (d[result.timesteps[:5].argsort()].diff().square().sum() / 8).sqrt()
+        torch.testing.assert_close((high - low)[0], 2 * stats.t.ppf(0.975, 2 * 16 / 11) * std / 5**0.5)
+        self.assertTrue(bool(low[1].isnan() & high[1].isnan()))
+        torch.testing.assert_close(low[2], result.margin_interval()[0][2])
 
     @parameterized.expand([(2, None), (3, None), (2, 0.3)])
     def test_evidence_adds_up_to_the_margin(self, spatial_dims, error_rate):

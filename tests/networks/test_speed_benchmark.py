@@ -23,6 +23,7 @@ from benchmarks.speed import (
     VARIANTS,
     build,
     loss_rows,
+    loss_target,
     losses_of,
     random_batch,
     ratio_notes,
@@ -65,15 +66,32 @@ class TestTables(unittest.TestCase):
         self.assertIn("(sdpa): 3.00 x", notes[0])
         self.assertIn("(einsum): 2.00 x", notes[2])
 
+    def test_one_seed_has_no_range(self):
+        one = [{"denoising": [1.0], "classification": [0.5]}]
+        rows = loss_rows({"bf16": one, "fp32": one})
+        self.assertEqual([(row["within"], row["range over fp32 seeds"]) for row in rows], [(None, None)] * 2)
+        target = loss_target(rows, 300, {"bf16": 1, "fp32": 1})
+        self.assertEqual((target.met, target.about), (None, "1 seed in fp32, 1 in bf16: no range"))
+
+    @parameterized.expand([([True, True], True, "2 of 2"), ([True, False], False, "1 of 2")])
+    def test_every_window_counts(self, within, met, found):
+        target = loss_target([{"within": one} for one in within], 300, {"bf16": 1, "fp32": 3})
+        self.assertEqual((target.met, target.found), (met, f"{found} windows"))
+        self.assertEqual(target.about, "3 seeds in fp32, 1 in bf16")
+
     def test_loss_within_the_range_of_the_seeds(self):
         fp32 = [{"denoising": [1.0], "classification": [0.5]}, {"denoising": [1.2], "classification": [0.6]}]
         bf16 = [{"denoising": [1.1], "classification": [0.8]}, {"denoising": [1.2], "classification": [0.7]}]
         denoising, classification = loss_rows({"bf16": bf16, "fp32": fp32})
-        self.assertAlmostEqual(denoising["difference of the means"], 0.05)
+        self.assertAlmostEqual(denoising["difference of the same seeds"], 0.05)
         self.assertAlmostEqual(denoising["range over fp32 seeds"], 0.2)
         self.assertTrue(denoising["within"])
-        self.assertAlmostEqual(classification["difference of the means"], 0.2)
+        self.assertAlmostEqual(classification["difference of the same seeds"], 0.2)
         self.assertFalse(classification["within"])
+        denoising, _ = loss_rows({"bf16": bf16[:1], "fp32": fp32})  # against its own seed, within the range of all
+        self.assertAlmostEqual(denoising["difference of the same seeds"], 0.1)
+        self.assertAlmostEqual(denoising["fp32, separate"], 1.0)
+        self.assertAlmostEqual(denoising["range over fp32 seeds"], 0.2)
 
 
 if __name__ == "__main__":

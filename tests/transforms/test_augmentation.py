@@ -15,9 +15,12 @@
 from __future__ import annotations
 
 import unittest
+from unittest import mock
 
 import numpy as np
+import scipy.ndimage
 import torch
+import torch.nn.functional as F
 from monai.data import MetaTensor
 from parameterized import parameterized
 
@@ -42,6 +45,22 @@ def blob(shape: tuple[int, ...], sigma: float = 1.5) -> torch.Tensor:
     axes = [torch.arange(n) - (n - 1) / 2 - 2 for n in shape]
     squares = sum(axis.square() for axis in torch.meshgrid(*axes, indexing="ij"))
     return torch.exp(-torch.as_tensor(squares) / (2 * sigma**2))[None] * 2 - 1
+
+
+def turned(image: torch.Tensor, *angles: float) -> torch.Tensor:
+    """The geometry alone, with the given angles (radians) and neither scaling nor shift."""
+    transform = ClassificationAugmentation(image.ndim - 1)
+    numbers = [*angles, *[0.0] * image.ndim]
+    with mock.patch.object(transform, "_uniform", side_effect=numbers):
+        return transform._geometry(image)
+
+
+def plane_rotation(dims: int, axis: int, angle: float) -> np.ndarray:
+    """Rotation by an angle in the plane of an axis and the one before it."""
+    matrix = np.eye(dims)
+    matrix[axis, axis] = matrix[axis - 1, axis - 1] = np.cos(angle)
+    matrix[axis, axis - 1], matrix[axis - 1, axis] = -np.sin(angle), np.sin(angle)
+    return matrix
 
 
 class TestAugmentation(unittest.TestCase):
@@ -95,6 +114,47 @@ class TestAugmentation(unittest.TestCase):
         turn = (len(shape) - 1) * radius * np.pi / 12
         self.assertGreater(max(distances), 0.5)
         self.assertLess(max(distances), shift + turn + 0.2 * radius + 0.5)
+
+    @parameterized.expand([((1, 16, 40), (0.2,)), ((2, 30, 12), (-0.26,)), ((1, 8, 14, 20), (0.2, -0.15))])
+    def test_rotation_is_that_of_pixels(self, shape: tuple[int, ...], angles: tuple[float, ...]) -> None:
+        image, dims = image_of(shape), len(shape) - 1
+        matrix = np.eye(dims)
+        for number, angle in enumerate(angles):
+            matrix = matrix @ plane_rotation(dims, dims - 1 - number, angle)
+        center = (np.array(shape[1:]) - 1) / 2
+        for channel, found in zip(image.numpy(), turned(image, *angles).numpy(), strict=True):
+            offset = center - matrix @ center
+            expected = scipy.ndimage.affine_transform(channel, matrix, offset, order=1, mode="nearest")
+            np.testing.assert_allclose(found, expected, atol=1e-5)
+
+    @parameterized.expand([((1, 8, 12),), ((1, 14, 8),)])
+    def test_quarter_of_a_turn_in_the_middle_of_an_oblong_image(self, shape: tuple[int, ...]) -> None:
+        image = image_of(shape)
+        middle = (slice(None), *(slice((n - 8) // 2, (n + 8) // 2) for n in shape[1:]))
+        found = turned(image, np.pi / 2)[middle]
+        torch.testing.assert_close(found, torch.rot90(image[middle], 1, (1, 2)), rtol=0, atol=1e-5)
+
+    @parameterized.expand([((24, 48),), ((40, 24),), ((12, 18, 24),)])
+    def test_no_axis_is_stretched_against_another(self, shape: tuple[int, ...]) -> None:
+        axes = [torch.arange(n, dtype=torch.float32) for n in shape]
+        coordinates = torch.stack(torch.meshgrid(*axes, indexing="ij"))
+        middle = (slice(None), *(slice(n // 2 - 2, n // 2 + 2) for n in shape))
+        places = coordinates[middle].flatten(1).T.numpy()
+        for seed in range(5):
+            transform = ClassificationAugmentation(len(shape), flip=True)
+            transform.set_random_state(seed)
+            taken_from = transform._geometry(coordinates)[middle].flatten(1).T.numpy()
+            with_offset = np.concatenate([places, np.ones((len(places), 1))], axis=1)
+            matrix = np.linalg.lstsq(with_offset, taken_from, rcond=None)[0][:-1]
+            values = np.linalg.svd(matrix, compute_uv=False)
+            self.assertAlmostEqual(values.max() / values.min(), 1.0, places=4)
+
+    def test_axes_of_one_size_are_turned_without_rounding_by_it(self) -> None:
+        image, angle = image_of((1, 29, 29)), 0.2
+        theta = torch.tensor([[[np.cos(angle), -np.sin(angle), 0], [np.sin(angle), np.cos(angle), 0]]]).float()
+        grid = F.affine_grid(theta, [1, 1, 29, 29], align_corners=False)
+        expected = F.grid_sample(image[None], grid, padding_mode="border", align_corners=False)[0]
+        self.assertTrue(torch.equal(turned(image, angle), expected))
 
     def test_strength_scales_all_ranges(self) -> None:
         image = blob((24, 24))
