@@ -46,15 +46,15 @@ from benchmarks.counterfactual import (
     ABLATION,
     DATA,
     DIRECTIONS,
-    MAIN,
+    FAST,
     METHODS,
     ORACLE_EPOCHS,
+    ROBUST_EPOCHS,
     Court,
     get_network,
     probabilities,
     share_interval,
 )
-from benchmarks.joint_vs_single import EPOCHS
 from monai_jointdiff.inferers import CounterfactualInferer, CounterfactualResult
 from monai_jointdiff.metrics import l1_distance
 
@@ -322,7 +322,7 @@ def targets(rows: Sequence[Mapping[str, Any]]) -> list[Target]:
 
 def get_store() -> CellStore:
     """Where the cell is kept, with what decides it."""
-    ours_settings = {"fixed": ABLATION[FIXED], "searched": METHODS[MAIN]}
+    ours_settings = {"fixed": ABLATION[FIXED], "searched": METHODS[FAST]}
     settings = {"recipe": asdict(RECIPE), "images": IMAGES, "rounds": ROUNDS, "tuning": FINE_TUNING, **ours_settings}
     return CellStore("counterfactual_speed", settings)
 
@@ -367,11 +367,10 @@ def measure(seed: int, work: Path, quick: bool) -> dict[str, Any]:
         quick: two images of each class, few steps.
     """
     recipe = Recipe(steps=10, stride=60) if quick else RECIPE
-    court = Court(work / "counterfactual", 2 if quick else IMAGES, ORACLE_EPOCHS)
-    folder = work / "joint_vs_single"
+    court = Court(work / "counterfactual", 2 if quick else IMAGES, ORACLE_EPOCHS, ROBUST_EPOCHS)
     two: Any
-    two, description = get_network("two_networks", seed, folder, EPOCHS)
-    joint, _ = get_network(MAIN, seed, folder, EPOCHS)
+    two, description = get_network("two_networks", seed, work)
+    joint, _ = get_network(FAST, seed, work)
     scheduler = description.build_scheduler("ddim")
     levels = scheduler.alphas_cumprod
     cache = work / "counterfactual" / f"{'quick_' if quick else ''}noisy_classifier_{DATA}_{seed}.pt"
@@ -392,15 +391,13 @@ def measure(seed: int, work: Path, quick: bool) -> dict[str, Any]:
     pieces = together(loop(images, target), steps, ROUNDS)
     batched = Contender("MONAI's recipe, all in one batch", number, number, pieces)
     found = {}
-    for name, rule in (("one strength for all", ABLATION[FIXED]), ("strength found for each", METHODS[MAIN])):
+    for name, rule in (("one strength for all", ABLATION[FIXED]), ("strength found for each", METHODS[FAST])):
         pieces, runs = ours(rule, scheduler, joint, images, target), len(range(0, ROUNDS, OURS_EVERY))
         found[name] = Contender(f"ours, {name}", number * runs, number, pieces, every=OURS_EVERY)
     in_turns([alone, batched, *found.values()], ROUNDS)
 
     def line(contender: Contender, shown: Tensor, model: Any, steps: int, calls: float) -> dict[str, Any]:
-        judged = {
-            n: probabilities(j, shown).argmax(1) != labels for n, j in (("model", model), ("oracle", court.oracle))
-        }
+        judged = {n: probabilities(j, shown).argmax(1) != labels for n, j in {"model": model, **court.oracles}.items()}
         return row(contender, shown, images, judged, steps, calls)
 
     made = batched.found[-1].clamp(-1, 1)

@@ -80,8 +80,15 @@ FIRST_RUN = (
 )
 
 
-def train(cell: Cell, folder: Path, epochs: int) -> float:
-    """Run the bundle by options alone; returns the minutes of the whole program."""
+def train(cell: Cell, folder: Path, epochs: int, other: Mapping[str, Any] | None = None) -> float:
+    """Run the bundle by options alone; returns the minutes of the whole program.
+
+    Args:
+        cell: data, one of `TASKS`, and seed.
+        folder: where models and output go.
+        epochs: passes through the data.
+        other: options beside those of this benchmark, or in their place.
+    """
     dataset = Path(os.environ["JOINTDIFF_DATA"]) / f"{cell.data}.npz"
     options: dict[str, Any] = {
         "dataset_dir": dataset,
@@ -95,7 +102,7 @@ def train(cell: Cell, folder: Path, epochs: int) -> float:
     }
     if epochs == 1:
         options["train#epoch_length"] = 10
-    return train_bundle(["chest_xray/train.json"], folder, options)
+    return train_bundle(["chest_xray/train.json"], folder, {**options, **(other or {})})
 
 
 def default_weight() -> float:

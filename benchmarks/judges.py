@@ -25,7 +25,17 @@ from torch import Tensor, nn
 
 from monai_jointdiff.metrics import EfficientNetFeatures
 
-__all__ = ["CNNFeatures", "PlainCNN", "disturb_strongly", "feature_spaces", "gaussian_blur", "train_cnn"]
+__all__ = [
+    "CNNFeatures",
+    "PlainCNN",
+    "disturb_strongly",
+    "feature_spaces",
+    "gaussian_blur",
+    "train_cnn",
+    "train_robust_cnn",
+]
+
+ATTACKED, ATTACK_STEPS = 0.7, 3  # share of the images, and sign steps, when a judge is trained against attacks
 
 
 class PlainCNN(nn.Module):
@@ -90,6 +100,53 @@ def train_cnn(
     return network.eval()
 
 
+def train_robust_cnn(
+    images: Tensor, labels: Tensor, num_classes: int, seed: int, epochs: int, radius: float = 0.1, batch_size: int = 64
+) -> PlainCNN:
+    """Train the plain CNN on adversarial changes of itself beside the disturbances of :func:`disturb_strongly`.
+
+    A network that was not trained so takes many a change that means nothing for another diagnosis, ours or another
+    network's; one that was asks for a change that shows (Madry et al. 2018, https://arxiv.org/abs/1706.06083). Classes
+    weigh the same, since such a network otherwise takes what it cannot make out for the more frequent one.
+
+    Args:
+        images: (N, C, H, W) in [-1, 1].
+        labels: (N,).
+        num_classes: K.
+        seed: of weights, order, augmentation and attacks.
+        epochs: passes through the data.
+        radius: largest maximum norm of an attack; each image its own, up to this, growing over the first half.
+        batch_size: images per step.
+    """
+    torch.manual_seed(seed)
+    network = PlainCNN(images.shape[1], num_classes)
+    weight = len(labels) / (num_classes * torch.bincount(labels, minlength=num_classes))
+    optimizer = torch.optim.AdamW(network.parameters(), 1e-3)
+    steps = epochs * (len(images) // batch_size)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps)
+    for epoch in range(epochs):
+        for index in torch.randperm(len(images)).split(batch_size)[: len(images) // batch_size]:
+            x, y = disturb_strongly(images[index], widest_blur=4.0, blurred_share=0.5), labels[index]
+            each = (len(x), 1, 1, 1)
+            reach = radius * torch.rand(each) * min(1, 2 * (epoch + 1) / epochs)
+            x = torch.where(torch.rand(each) < ATTACKED, _attacked(network.eval(), x, y, reach), x)
+            optimizer.zero_grad()
+            F.cross_entropy(network.train()(x), y, weight).backward()
+            optimizer.step()
+            schedule.step()
+    return network.eval()
+
+
+def _attacked(network: PlainCNN, x: Tensor, y: Tensor, radius: Tensor) -> Tensor:
+    """Images (N, C, H, W) moved away from their labels (N,) by three sign steps from a random start."""
+    change = (2 * torch.rand_like(x) - 1) * radius
+    for _ in range(ATTACK_STEPS):
+        change.requires_grad_()
+        (gradient,) = torch.autograd.grad(F.cross_entropy(network(x + change), y), change)
+        change = (change.detach() + 2 / ATTACK_STEPS * radius * gradient.sign()).clamp(-radius, radius)
+    return (x + change).detach()
+
+
 def _disturb(x: Tensor) -> Tensor:
     """Shift by up to two pixels, contrast and brightness, noise; each image its own contrast."""
     shift = [int(s) for s in torch.randint(-2, 3, (2,))]
@@ -98,12 +155,18 @@ def _disturb(x: Tensor) -> Tensor:
     return x * gain + offset + 0.1 * torch.rand(len(x), 1, 1, 1) * torch.randn_like(x)
 
 
-def disturb_strongly(x: Tensor) -> Tensor:
-    """What an oracle must not be fooled by: blur, noise of two kinds, brightness and contrast, each image its own."""
+def disturb_strongly(x: Tensor, widest_blur: float = 2.0, blurred_share: float = 0.3) -> Tensor:
+    """What an oracle must not be fooled by: blur, noise of two kinds, brightness and contrast, each image its own.
+
+    Args:
+        x: (N, C, H, W) in [-1, 1].
+        widest_blur: largest standard deviation of the Gaussian, in pixels.
+        blurred_share: of the images.
+    """
     each = (len(x), 1, 1, 1)
     x = torch.roll(x, [int(s) for s in torch.randint(-2, 3, (2,))], dims=(2, 3))
-    blurred = gaussian_blur(x, 0.4 + 1.6 * float(torch.rand(())))
-    x = torch.where(torch.rand(each) < 0.3, blurred, x)
+    blurred = gaussian_blur(x, 0.4 + (widest_blur - 0.4) * float(torch.rand(())))
+    x = torch.where(torch.rand(each) < blurred_share, blurred, x)
     gain, offset = 1 + 0.5 * (torch.rand(each) - 0.5), 0.6 * (torch.rand(each) - 0.5)
     noise = torch.where(torch.rand(each) < 0.5, torch.randn_like(x), torch.randn_like(x).sign())
     return x * gain + offset + 0.2 * torch.rand(each) * (torch.rand(each) < 0.5) * noise

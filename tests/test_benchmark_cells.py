@@ -69,7 +69,7 @@ class TestNetworks(TemporaryFolder):
             self.assertEqual((options["channels"], options["epochs"], options["seed"]), (self.LARGE, 6, 1))
 
     @parameterized.expand(
-        [("phantoms", LARGE, 5), *((data, [16, 32, 64], 30) for data in (localization.BRAIN, "busi_64"))]
+        [("phantoms", LARGE, 5), *((data, [16, 32, 64], 15) for data in (localization.BRAIN, "busi_64"))]
     )
     @mock.patch.object(localization, "train_bundle")
     def test_localization(self, data, channels, epochs, trainings):

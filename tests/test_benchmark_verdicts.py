@@ -190,6 +190,9 @@ class TestLocalization(unittest.TestCase):
         region = located("phantoms", "counterfactual in a region", pointing=0.5, iou=0.51, ratio=0.52)
         found = localization.targets([located("phantoms", "counterfactual", runs=2, **figures), region])
         self.assertEqual(tuple(target.met for target in found), (*met, None, None))
+        for row in (first := located("phantoms", "counterfactual", runs=2, **figures)), region:
+            row |= {f"{name}, relative": mean_interval([0.7]) for name in ("pointing", "iou")}
+        self.assertEqual([t.met for t in localization.targets([first, region])[:3]], [False, True, met[2]])
         for target, bound, value, beside in zip(
             found, ("at least 0.95", "at least 0.6", "below 0.1"), values, (0.5, 0.51, 0.52), strict=False
         ):
@@ -198,12 +201,17 @@ class TestLocalization(unittest.TestCase):
 
     @parameterized.expand([(0.5, 0.41, True), (0.49, 0.41, False), (0.5, 0.4, False)])
     def test_above_every_control_elsewhere(self, auprc: float, iou: float, met: bool) -> None:
+        def row(method: str, auprc: float, iou: float) -> dict[str, Any]:
+            figures = {"auprc": 0.1, "iou": 0.1, "auprc, relative": auprc, "iou, relative": iou}
+            return located(localization.BRAIN, method, runs=2, **figures)
+
         rows = [
-            located(localization.BRAIN, "counterfactual", runs=2, auprc=auprc, iou=iou),
-            located(localization.BRAIN, "Grad-CAM", runs=2, auprc=0.49, iou=0.3),
-            located(localization.BRAIN, "occlusion", runs=2, auprc=0.3, iou=0.4),
-            located(localization.BRAIN, "no model", runs=2, auprc=0.9, iou=0.8),
+            row("counterfactual", auprc, iou),
+            row("Grad-CAM", 0.49, 0.3),
+            row("occlusion", 0.3, 0.2),
+            row("no model", 0.9, 0.8),
         ]
+        rows[2]["iou"] = mean_interval([0.4])  # better as it is
         *phantoms, brain, busi = localization.targets(rows)
         self.assertEqual([target.met for target in (*phantoms, busi)], [None] * 4)
         self.assertIs(brain.met, met)

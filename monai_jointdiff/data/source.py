@@ -34,6 +34,7 @@ from monai_jointdiff.data.medmnist import download_medmnist
 from monai_jointdiff.data.npz import read_npz
 from monai_jointdiff.data.phantoms import ChestPhantoms, Phantom, Phantoms
 from monai_jointdiff.data.reading import Correction, ImagePreprocessing, image_size_tuple
+from monai_jointdiff.data.records import Found, Record
 from monai_jointdiff.data.skin_phantoms import SkinPhantoms
 from monai_jointdiff.data.splits import complete_parts
 from monai_jointdiff.data.volumes import SliceRule
@@ -370,17 +371,8 @@ def open_source(
     by_name = text.startswith(_MEDMNIST)
     path = download_medmnist(text[len(_MEDMNIST) :], image_size, spatial_dims=spatial_dims) if by_name else Path(text)
     slices = SliceRule.from_options(opened_with) if spatial_dims == 2 else None
-    if path.is_dir():
-        columns = (image_column, label_column, split_column, patient_column, mask_column)
-        found = read_folder(path, spatial_dims, *columns, slices)
-    elif path.is_file() and path.suffix == ".npz":
-        found = read_npz(path, spatial_dims, slices)
-    elif path.exists():
-        raise ValueError(f"open_source: {path} is neither a folder nor an .npz file.")
-    else:
-        raise ValueError(
-            f"open_source: there is no {path}; --dataset_dir takes a folder, an .npz file or medmnist:NAME."
-        )
+    columns = (image_column, label_column, split_column, patient_column, mask_column)
+    found = _read(path, spatial_dims, columns, slices)
     has_none = f"{path.resolve().name} has " + ("no CSV" if path.is_dir() else "arrays in the place of columns")
     _refuse_columns(opened_with, usual_columns or {}, found.columns, has_none)
     records = found.records
@@ -390,19 +382,8 @@ def open_source(
         [record.name for record in records],
         multi_label,
     )
-    groups = [record.patient for record in records] if any(record.patient for record in records) else None
-    keys = [tuple(label) if isinstance(label, list) else label for label in encoded.labels]
-    parts = complete_parts([record.part for record in records], keys, groups, seed)
+    parts = _parts(records, encoded.labels, seed)
     moved = {record.part for record, part in zip(records, parts, strict=True) if record.part not in (None, part)}
-    items: dict[str, list[dict[Hashable, Any]]] = {part: [] for part in PARTS}
-    with_masks = all(record.mask is not None for record in records)
-    for record, label, part in zip(records, encoded.labels, parts, strict=True):
-        item: dict[Hashable, Any] = {"image": record.image, "label": label, "name": record.name}
-        if with_masks:
-            item["mask"] = record.mask
-        if record.patient is not None:
-            item["patient"] = record.patient
-        items[part].append(item)
     prepare = ImagePreprocessing(
         spatial_dims,
         image_size_tuple(found.image_size if image_size is None else image_size, spatial_dims),
@@ -414,7 +395,7 @@ def open_source(
     named = found.channel_names is not None and len(found.channel_names) == prepare.in_channels
     source = ImageSource(
         name,
-        items,
+        _items(records, encoded.labels, parts),
         encoded.class_names,
         encoded.multi_label,
         prepare,
@@ -423,6 +404,42 @@ def open_source(
         given_parts=frozenset(record.part for record in records if record.part is not None) - moved,
     )
     return source.with_label_list(label_list)
+
+
+def _read(
+    path: Path, spatial_dims: int, columns: tuple[Any, Any, str, str, str | None], slices: SliceRule | None
+) -> Found:
+    """What there is in a folder or an `.npz`."""
+    if path.is_dir():
+        return read_folder(path, spatial_dims, *columns, slices)
+    if path.is_file() and path.suffix == ".npz":
+        return read_npz(path, spatial_dims, slices)
+    if path.exists():
+        raise ValueError(f"open_source: {path} is neither a folder nor an .npz file.")
+    raise ValueError(f"open_source: there is no {path}; --dataset_dir takes a folder, an .npz file or medmnist:NAME.")
+
+
+def _parts(records: Sequence[Record], labels: Sequence[Any], seed: int) -> list[str]:
+    """The part of each record; those that name none are divided, a patient's images together."""
+    groups = [record.patient for record in records] if any(record.patient for record in records) else None
+    keys = [tuple(label) if isinstance(label, list) else label for label in labels]
+    return complete_parts([record.part for record in records], keys, groups, seed)
+
+
+def _items(
+    records: Sequence[Record], labels: Sequence[Any], parts: Sequence[str]
+) -> dict[str, list[dict[Hashable, Any]]]:
+    """The items of each part: image, label and name, mask where every record has one, patient where it is known."""
+    items: dict[str, list[dict[Hashable, Any]]] = {part: [] for part in PARTS}
+    with_masks = all(record.mask is not None for record in records)
+    for record, label, part in zip(records, labels, parts, strict=True):
+        item: dict[Hashable, Any] = {"image": record.image, "label": label, "name": record.name}
+        if with_masks:
+            item["mask"] = record.mask
+        if record.patient is not None:
+            item["patient"] = record.patient
+        items[part].append(item)
+    return items
 
 
 def _refuse_columns(options: Mapping[str, Any], usual: Mapping[str, Any], used: frozenset[str], has_none: str) -> None:

@@ -92,7 +92,12 @@ class TestClosedForm(unittest.TestCase):
         errors, calls = [], []
         for iterations in (1, 2, 5):
             inferer = CounterfactualInferer(
-                scheduler, num_inference_steps=10, inversion_iterations=iterations, scale=1.0, probability=None
+                scheduler,
+                timestep=300,
+                num_inference_steps=10,
+                inversion_iterations=iterations,
+                scale=1.0,
+                probability=None,
             )
             result = inferer(images, network)
             errors.append(float((result.reconstruction - images).abs().max()))
