@@ -56,13 +56,23 @@ BATCH = 50
 # unfinished network, was at 20 test images, and the oracle's augmentation was made milder after its test AUC had been
 # seen (.94). FAST moved images too far, mostly by its inexact inversion, which the ablation (seed 0, test part) showed
 # to end with 20 steps; with these, T' = 500 and the same probability kept all bounds on 80 validation images of seed 1.
-MAIN, FAST = "searched_20_steps", "searched"
+# CONDITION came last: its settings were chosen on 80 validation images of seed 1, after fixed strengths of its rule had
+# been seen on test images of seed 0 (RULES).
+MAIN, FAST, CONDITION = "searched_20_steps", "searched", "class_free_searched"
 STEPS = {"num_inference_steps": 8, "inversion_iterations": 2}
 SEARCH = {"precision": 1.5, "max_trials": 8}
 METHODS: dict[str, dict[str, Any]] = {
     MAIN: {**STEPS, **SEARCH, "num_inference_steps": 20, "timestep": 500, "probability": 0.97},
     FAST: {**STEPS, **SEARCH, "timestep": 600, "probability": 0.97},
     "two_networks": {**STEPS, **SEARCH, "timestep": 600, "probability": 0.97},
+    CONDITION: {
+        **STEPS,
+        **SEARCH,
+        "rule": "class_free",
+        "num_inference_steps": 20,
+        "timestep": 900,  # of shifted noise levels: as noisy as T' = 500 of the others
+        "probability": 0.9,
+    },
 }
 # seed 0 alone: what each choice does; fixed strengths draw the frontier of flips against change
 ABLATION: dict[str, dict[str, Any]] = {
@@ -85,19 +95,21 @@ RULES: dict[str, dict[str, Any]] = {
         "scale": float(scale),
     }
     for rule, timestep, scale in (
-        ("class_free", 500, 3),
-        ("class_free", 500, 10),
-        ("class_free", 700, 3),
+        ("class_free", 900, 3),  # of shifted noise levels: as noisy as T' = 500 of the others
+        ("class_free", 900, 10),
+        ("class_free", 960, 3),  # as 700
         ("representation", 500, 100),
         ("representation", 500, 1000),
     )
 }
+BY_STEPS = {"T500_scale3": "8 steps", "T500_scale3_20steps": "20 steps"}
 AVERAGING = "averaging_head"  # the network of the rule `representation`
 ORACLE_EPOCHS, ROBUST_EPOCHS = 12, 12
 ORACLE, ROBUST = "oracle", "robust oracle"
 PGD_STEPS = 20
 PGD_RADIUS = 1.25  # of the ball of maximum norm, in units of the L1
 PGD_STEP = 0.2  # in units of the radius
+QUALIFIED = "a second judge, made afterwards and trained against sign steps; its own test AUC is below 0.97"
 HALF_DISTANCE = "half the median L1 of two test images"
 PICTURES = ("image", "reconstruction", "counterfactual")
 Classify = Callable[[Tensor], Tensor]
@@ -169,7 +181,7 @@ def get_network(method: str, seed: int, work: Path, quick: bool = False) -> tupl
         work: folder of the networks of all benchmarks.
         quick: a tiny training.
     """
-    rule = RULES.get(method, {}).get("rule")
+    rule = {**METHODS, **ABLATION, **RULES}[method].get("rule")
     if rule == "class_free":
         place = work / "diffusion_classifier" / ("quick" if quick else "") / f"{DATA}_{seed}"
         diffusion_classifier.train(seed, place, quick)
@@ -549,10 +561,14 @@ def judged_by(oracle: str, cells: Sequence[Mapping[str, Any]]) -> list[Target]:
         min(flips.values(), key=math.fsum), min(cell[d]["images"] for cell in cells for d in flips)
     )
     bounds = f"95 % interval of the mean {interval['low']:.2f} to {interval['high']:.2f}"
+    of_all = QUALIFIED if oracle == ROBUST else ""
+    words = f"counterfactuals on {NAME} that flip the {oracle}", "at least 0.90"
+    null = f"flips of the {oracle} beyond those by the best null control", "at least 0.60"
+    attack = f"flips of the {oracle} beyond those by PGD of the same L1", "at least 0.40"
     return [
-        judge((f"counterfactuals on {NAME} that flip the {oracle}", "at least 0.90"), flips, 0.90, about=bounds),
-        judge((f"flips of the {oracle} beyond those by the best null control", "at least 0.60"), excess, 0.60),
-        judge((f"flips of the {oracle} beyond those by PGD of the same L1", "at least 0.40"), below, 0.40),
+        judge(words, flips, 0.90, about="; ".join(filter(None, (bounds, of_all)))),
+        judge(null, excess, 0.60, about=of_all),
+        judge(attack, below, 0.40, about=of_all),
     ]
 
 
@@ -595,6 +611,35 @@ def write_oracle(rows: Sequence[Mapping[str, Any]], environment: Mapping[str, An
     write_result("counterfactual_oracle", "The oracles", rows, targets=asked, notes=about, environment=environment)
 
 
+def cell_of(store: CellStore, method: str, seed: int) -> dict[str, Any] | None:
+    """The values of a cell; one that was measured with other options than the method has now is refused."""
+    values = store.get(Cell(DATA, method, seed))
+    options = {**METHODS, **ABLATION, **RULES}[method]
+    if values is not None and values["options"] != options:
+        raise ValueError(f"{method}, seed {seed}, was measured with {values['options']}, the method has {options}.")
+    return values
+
+
+def fewer_steps(cells: Mapping[str, Mapping[str, Any]]) -> str:
+    """How quality falls with fewer steps, in words.
+
+    Args:
+        cells: by number of steps, of one strength.
+    """
+    told = []
+    for steps, cell in cells.items():
+        one = [cell[direction] for direction in DIRECTIONS]
+        flips, change, back = (
+            " and ".join(f"{direction[key]:.{digits}f}" for direction in one)
+            for key, digits in (("oracle, ours", 2), ("l1", 3), ("l1 of reconstruction", 3))
+        )
+        told.append(
+            f"{steps} ({cell['calls per image']:.0f} calls): flips of the oracle {flips} at L1 {change}, "
+            f"reconstruction off by {back}"
+        )
+    return f"Fewer steps at one strength, {' and '.join(DIRECTIONS)}: {'; '.join(told)}."
+
+
 def tables(store: CellStore, half_distance: float) -> None:
     """Write the result files from the cells there are.
 
@@ -602,7 +647,7 @@ def tables(store: CellStore, half_distance: float) -> None:
         store: where they are.
         half_distance: half the median L1 of two test images.
     """
-    of_method = {m: [v for seed in SEEDS if (v := store.get(Cell(DATA, m, seed)))] for m in METHODS}
+    of_method = {m: [v for seed in SEEDS if (v := cell_of(store, m, seed))] for m in METHODS}
     rows = [row(m, d, cells, worst=True) for m, cells in of_method.items() for d in DIRECTIONS if cells]
     measured = ", ".join(f"{NAMES.get(m, m)} {len(cells)} of {len(SEEDS)}" for m, cells in of_method.items())
     images = (
@@ -619,8 +664,11 @@ def tables(store: CellStore, half_distance: float) -> None:
         f"network. `{MAIN}` came later: that 20 steps from T' = 500 change less was seen on test images of seed 0 (the "
         "ablation below); its timestep and probability were then chosen on 80 validation images of seed 1. Seeds 1 and "
         "2 of the test part had not been looked at with it.",
+        f"`{CONDITION}` is led by the class condition, by a smaller network (channels {diffusion_classifier.CHANNELS}, "
+        "trained with the overlay train_conditional.json); nothing goes backward through it. Its settings were chosen on "
+        "80 validation images of seed 1, after fixed strengths of its rule had been seen on test images of seed 0.",
         f"Machines of the cells: {', '.join(joint_vs_single.machines(store))}; on each an oracle of its own, trained "
-        "by the same recipe.",
+        f"by the same recipe. So was the network of seed 0: that of `{MAIN}` is not the one of the other rows.",
         f"The targets are those of {MAIN}, by the mean over seeds and by the worst seed.",
     ]
     asked = targets(of_method[MAIN], half_distance)
@@ -628,7 +676,7 @@ def tables(store: CellStore, half_distance: float) -> None:
     if rows:
         title = f"Counterfactuals on {NAME}"
         write_result("counterfactual", title, rows, targets=asked, notes=notes, environment=environment)
-    single = {name: values for name in (*ABLATION, *RULES) if (values := store.get(Cell(DATA, name, 0)))}
+    single = {name: values for name in (*ABLATION, *RULES) if (values := cell_of(store, name, 0))}
     rows = [row(name, direction, [values]) for name, values in single.items() for direction in DIRECTIONS]
     if rows:
         missing = [name for name in (*ABLATION, *RULES) if name not in single]
@@ -642,9 +690,12 @@ def tables(store: CellStore, half_distance: float) -> None:
             f"Blur of that L1 flips the oracle on 0.10 or more in {', '.join(blur)}.",
             "The rules `class_free` and `representation` need networks of their own, which are smaller (channels "
             f"{diffusion_classifier.CHANNELS}); `class_free` is led by a network trained with the overlay "
-            "train_conditional.json, `representation` by one whose head averages (`--head mediffusion`). "
+            "train_conditional.json, whose noise levels are shifted (T' = 900 is as noisy as 500 of the others), "
+            "`representation` by one whose head averages (`--head mediffusion`). "
             f"Of what was planned, not run: {', '.join(missing) or 'nothing'}.",
         ]
+        if all(name in single for name in BY_STEPS):
+            notes.insert(1, fewer_steps({steps: single[name] for name, steps in BY_STEPS.items()}))
         title = "Counterfactuals: timestep, strength, encoding, region, steps, rules"
         write_result("counterfactual_ablation", title, rows, notes=notes, environment=environment)
 
@@ -664,7 +715,7 @@ def draw(store: CellStore, half_distance: float, file: Path) -> None:
         axes.axvspan(0, half_distance, 0.9 / 1.03, color="#e8f3e8", zorder=0)
 
         def points(names: Sequence[str], key: str, d: str = direction) -> tuple[list[float], list[float]]:
-            found = [values[d] for name in names if (values := store.get(Cell(DATA, name, 0)))]
+            found = [values[d] for name in names if (values := cell_of(store, name, 0))]
             return [one["l1"] for one in found], [one[key] for one in found]
 
         for timestep, color in ((300, "#9ecae1"), (500, "#3182bd"), (700, "#08306b")):
@@ -710,7 +761,7 @@ def main() -> None:
     )
     grid = [(name, seed) for seed in SEEDS for name in METHODS] + [(name, 0) for name in (*ABLATION, *RULES)]
     if options.quick:
-        grid = [(name, 0) for name in (MAIN, "T300_scale3", "class_free_T500_scale3", "representation_T500_scale100")]
+        grid = [(name, 0) for name in (MAIN, "T300_scale3", "class_free_T900_scale3", "representation_T500_scale100")]
     if options.cells is not None:
         grid = [(name, seed) for name, seed in grid if f"{name}:{seed}" in options.cells]
     settings = {"images": count, "epochs": epochs, "oracle epochs": oracle_epochs}

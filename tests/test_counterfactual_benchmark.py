@@ -351,11 +351,24 @@ class TestMapsWithoutGeneration(unittest.TestCase):
     def test_grad_cam_is_strongest_where_the_class_is(self):
         x = torch.zeros(2, 1, 8, 8)
         x[:, :, 1, 2], x[:, :, 6, 5] = 1.0, -1.0
-        maps = localization.cam_maps(OfMaps(), x, torch.tensor([0, 1]))
+        maps = localization.cam_maps(OfMaps(), x, torch.tensor([0, 1]), "middle_block")
         # logit 0 is the mean of x and logit 1 that of -x: the weighted maps, cut at 0, are relu(x) and relu(-x)
         first, second = torch.zeros(8, 8), torch.zeros(8, 8)
         first[1, 2], second[6, 5] = 1, 1
         torch.testing.assert_close(maps, torch.stack([first, second])[:, None])
+
+    def test_grad_cam_of_the_layer_that_suits_it_best(self):
+        network = JointDiffusionUNet(
+            2, 1, 1, 2, channels=(8, 8), attention_levels=(False, True), num_res_blocks=2, norm_num_groups=8
+        )
+        layers = ["down_blocks.0.resnets.1", "down_blocks.1.resnets.1", "middle_block"]
+        self.assertEqual(localization.cam_layers(network), layers)
+        masks = torch.zeros(1, 1, 8, 8)
+        masks[..., 2:4, 2:4] = 1
+        cases = localization.Cases(images(1, 1, 8, 8), torch.tensor([1]), masks > 0)
+        found = {layers[0]: 1 - masks, layers[1]: 0.1 + masks, layers[2]: torch.zeros(1, 1, 8, 8)}
+        with mock.patch.object(localization, "cam_maps", side_effect=lambda _, x, c, layer: found[layer]):
+            self.assertEqual(localization.best_layer(network, cases), layers[1])
 
     def test_occlusion_falls_where_the_class_is_covered(self):
         weight = torch.zeros(1, 16, 16)

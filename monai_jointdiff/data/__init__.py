@@ -29,6 +29,7 @@ from .folder import find_images, list_images, read_folder
 from .intensity import IntensityRule
 from .label_lists import (
     choose_labelled,
+    keep_few_labels,
     labelled_names,
     labels_fingerprint,
     open_with_few_labels,
@@ -88,6 +89,7 @@ __all__ = [
     "find_images",
     "informative_mixup",
     "informative_samples",
+    "keep_few_labels",
     "labelled_names",
     "labels_fingerprint",
     "list_images",

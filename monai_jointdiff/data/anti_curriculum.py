@@ -77,9 +77,8 @@ class AntiCurriculumPseudoLabeller:
     k = 200 of thousands of labels; of 50 labelled images all would be neighbours of every image, their mean label
     always the same, and so k is a tenth of the labelled ones by default. A k this small leaves most images without a
     connection, all of which would become anchors, thousands of guesses beside 50 labels: a round adds no more anchors
-    than there are labels. The published code mixes with densities scaled to
-    [0, 1] over the unlabelled images, here they are cosines. :func:`informative_samples` leaves out a part of the
-    component of lowest density.
+    than there are labels. :func:`informative_samples` leaves out a part of the component of lowest
+    density.
 
     Args:
         num_neighbours: k, at most the number of anchors with a label; None: a tenth of that, at most 200, at least 1.
@@ -159,7 +158,7 @@ def informative_samples(density: np.ndarray, seed: int = 0) -> np.ndarray:
     components = min(INFORMATIVENESS, len(np.unique(density)))
     if components == 1:
         return np.ones(len(density), dtype=bool)
-    scaled = (density - density.min()) / (density.max() - density.min())
+    scaled = _scaled(density)
     mixture = sklearn_mixture.GaussianMixture(components, random_state=seed)
     mixture.fit(np.sort(scaled)[:, None])  # sorted: its start depends on the order of the images
     lowest, following = np.argsort(mixture.means_[:, 0])[:2]
@@ -193,24 +192,35 @@ def neighbour_labels(labels: np.ndarray, neighbours: np.ndarray) -> np.ndarray:
 def informative_mixup(probabilities: np.ndarray, votes: np.ndarray, density: np.ndarray) -> np.ndarray:
     r"""Mix of the network's answer and the neighbours' labels: the denser, the more the network counts.
 
-    ACPL, informative mix-up:
+    ACPL, informative mix-up, with densities scaled over the unlabelled images of the round, as in the published code:
 
     .. math::
-        \tilde y(x) = d(x)\, p(x) + (1 - d(x))\, y_{KNN}(x)
+        \hat d(x) = \frac{d(x) - \min d}{\max d - \min d}, \qquad
+        \tilde y(x) = \hat d(x)\, p(x) + (1 - \hat d(x))\, y_{KNN}(x)
 
-    A negative mean cosine counts as 0. Where the neighbours know nothing, the network's answer stands alone.
+    Cosines of features that share a direction are all near 1; unscaled, the network would decide alone just where it
+    is trusted least. The least dense image is labelled by its neighbours, the densest by the network. Where all are
+    equally dense they are all the least dense, and as :func:`informative_samples` takes them all for informative, the
+    neighbours decide. Where the neighbours know nothing, the network's answer stands alone.
 
     Args:
         probabilities: (U, K) p of the network.
         votes: (U, K) of :func:`neighbour_labels`.
-        density: (U,) d.
+        density: (U,) d, of all unlabelled images of the round.
 
     Returns:
         (U, K) in [0, 1].
     """
-    d = np.clip(density, 0.0, 1.0)[:, None]
+    d = _scaled(density)[:, None]
     mixed: np.ndarray = d * probabilities + (1 - d) * np.where(np.isnan(votes), probabilities, votes)
     return np.clip(mixed, 0.0, 1.0)  # rounding
+
+
+def _scaled(density: np.ndarray) -> np.ndarray:
+    """Densities (U,) from 0, the least, to 1, the largest; all 0 where they are equal."""
+    span = density.max() - density.min()
+    scaled: np.ndarray = (density - density.min()) / (span if span > 0 else 1.0)
+    return scaled
 
 
 def mutual_neighbours(among_anchors: np.ndarray, among_unlabelled: np.ndarray) -> np.ndarray:

@@ -25,7 +25,14 @@ import numpy as np
 from monai_jointdiff.data.draws import draw_seed
 from monai_jointdiff.data.source import ImageSource, open_source
 
-__all__ = ["choose_labelled", "labelled_names", "labels_fingerprint", "open_with_few_labels", "write_label_list"]
+__all__ = [
+    "choose_labelled",
+    "keep_few_labels",
+    "labelled_names",
+    "labels_fingerprint",
+    "open_with_few_labels",
+    "write_label_list",
+]
 
 LABELLED = "labelled"  # a validation part no larger than the labelled images
 
@@ -225,29 +232,56 @@ def open_with_few_labels(
             (or lesions) together where the data know them. None: all that have one. With a `label_list` among the
             options: of those on the list.
         label_seed: seed of the choice.
-        validation_count: labelled validation images at most, chosen by :func:`choose_labelled` with the same seed; of a
-            larger part all others are left out. `labelled`: as many as training images have a label. None: all images.
+        validation_count: labelled validation images at most, chosen by :func:`choose_labelled` with the same seed, but
+            always one of each class; of a larger part all others are left out. `labelled`: as many as training images
+            have a label. None: all images.
         options: further ones of :func:`~monai_jointdiff.data.open_source`.
 
     Returns:
         the data set.
 
     Raises:
-        ValueError: for another `validation_count`; as of :func:`~monai_jointdiff.data.open_source` and
-            :func:`choose_labelled`.
+        ValueError: as of :func:`~monai_jointdiff.data.open_source` and :func:`keep_few_labels`.
     """
-    if not (validation_count in (None, LABELLED) or type(validation_count) is int and validation_count >= 1):
-        raise ValueError(
-            f"open_with_few_labels: validation_count must be a number >= 1, {LABELLED!r} or None, "
-            f"got {validation_count!r}."
-        )
-    source = open_source(dataset_dir, **options)
+    _check_validation_count(validation_count)  # before a large data set is read
+    return keep_few_labels(open_source(dataset_dir, **options), num_labels, label_seed, validation_count)
+
+
+def keep_few_labels(
+    source: ImageSource,
+    num_labels: int | None = None,
+    label_seed: int = 0,
+    validation_count: int | str | None = None,
+) -> ImageSource:
+    """Of an open data set some training images keep their label, and as few may validate; the test keeps all.
+
+    Args:
+        source: the data set.
+        num_labels: as of :func:`open_with_few_labels`.
+        label_seed: as of :func:`open_with_few_labels`.
+        validation_count: as of :func:`open_with_few_labels`.
+
+    Returns:
+        the data set with fewer labels.
+
+    Raises:
+        ValueError: for another `validation_count`; as of :func:`choose_labelled`.
+    """
+    _check_validation_count(validation_count)
     if num_labels is not None:
         source = _with_labels(source, num_labels, label_seed)
     if validation_count is None:
         return source
     count = len(labelled_names(source.part("train"))) if validation_count == LABELLED else int(validation_count)
     return _with_validation(source, count, label_seed)
+
+
+def _check_validation_count(validation_count: int | str | None) -> None:
+    if not (validation_count in (None, LABELLED) or type(validation_count) is int and validation_count >= 1):
+        raise ValueError(
+            f"open_with_few_labels: validation_count must be a number >= 1, {LABELLED!r} or None, "
+            f"got {validation_count!r}."
+        )
 
 
 def _with_labels(source: ImageSource, count: int, seed: int) -> ImageSource:
@@ -262,9 +296,14 @@ def _with_labels(source: ImageSource, count: int, seed: int) -> ImageSource:
 
 
 def _with_validation(source: ImageSource, count: int, seed: int) -> ImageSource:
-    """The validation part cut down to so many labelled images; a part with no more of them stays as it is."""
+    """The validation part cut down to so many labelled images, or to as few more as one of each class takes.
+
+    A part with no more labelled images stays as it is. A few training images of several findings each may show all of
+    them where as few validation images cannot: this is no reason to refuse the training.
+    """
     val = source.part("val")
     if len(labelled_names(val)) <= count:
         return source
-    chosen = choose_labelled([item["label"] for item in val], count, seed=seed)
+    alone = range(len(val))  # with groups, of one image each, the count gives way where a class is missing
+    chosen = choose_labelled([item["label"] for item in val], count, seed=seed, groups=alone)
     return replace(source, items={**source.items, "val": [val[n] for n in chosen.tolist()]})

@@ -77,7 +77,12 @@ class TwoStreamOrder(DrawOrder):
         self.labelled, self.unlabelled = np.flatnonzero(is_labelled), np.flatnonzero(~is_labelled)
         if not len(self.labelled) or not len(self.unlabelled):
             raise ValueError(
-                f"{name}: needs labelled and unlabelled images, got {len(self.labelled)} and {len(self.unlabelled)}."
+                f"{name}: needs labelled and unlabelled images, got {len(self.labelled)} and {len(self.unlabelled)}. "
+                + (
+                    "Take fewer labels (--num_labels), or train with all of them, by train.json alone."
+                    if len(self.labelled)
+                    else "Give some training images a label."
+                )
             )
         labelled_seed, unlabelled_seed = (draw_seed(seed, 0, kind) for kind in ("labelled", "unlabelled"))
         self._labelled_order: DrawOrder = (

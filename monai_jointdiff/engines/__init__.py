@@ -98,6 +98,7 @@ from .semi_supervised import (
     make_unlabelled_term,
     parameter_groups,
     semi_supervised_settings,
+    start_labelled_model,
     task_of,
     view_transforms,
 )
@@ -205,6 +206,7 @@ __all__ = [
     "space_of_model",
     "spread",
     "start_autoencoder",
+    "start_labelled_model",
     "start_model",
     "summarize_label_runs",
     "task_of",

@@ -153,7 +153,11 @@ def class_weights(items: Sequence[Mapping[str, Any]], num_classes: int, balance:
     if (counts == 0).any() or (rest == 0).any():
         k = int(np.minimum(counts, rest).argmin())
         kind = "without" if counts[k] else "of"
-        raise ValueError(f"class_weights: no labelled training image {kind} class {k} of {num_classes}.")
+        raise ValueError(
+            f"class_weights: no labelled training image {kind} class {k} of {num_classes} (in the order of the class "
+            "names, the first is 0), so it can have no weight. Label one, or leave the classes unweighted "
+            "(--balance none)."
+        )
     return [float(weight) for weight in rest / counts]
 
 

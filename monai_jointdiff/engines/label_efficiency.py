@@ -27,10 +27,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from monai.bundle import ConfigParser
+
+from monai_jointdiff.data import ImageSource, keep_few_labels, labelled_names
 from monai_jointdiff.handlers.atomic import atomic_write_text
 from monai_jointdiff.metrics import Interval, mean_of_repeats
 from monai_jointdiff.visualize import format_table, label_efficiency_figure, save_figure
 
+from .bundle import announce
 from .semi_supervised import ALGORITHMS
 
 __all__ = ["LabelEfficiencyStudy", "LabelRun", "LabelRunResult", "summarize_label_runs"]
@@ -156,7 +160,8 @@ class LabelEfficiencyStudy:
     Raises:
         ValueError: for an empty list, one with something twice, a number of labels below 1, an unknown algorithm, a
             configuration file that is missing, or an option that the study sets itself or that is not plain; when run,
-            for a folder with one of its trainings by other options, or configurations that change meanwhile.
+            for a folder with one of its trainings by other options, numbers of labels that the data cannot have, or
+            configurations that change meanwhile.
     """
 
     def __init__(
@@ -190,18 +195,24 @@ class LabelEfficiencyStudy:
         self.described = self._described()
 
     def run(self) -> list[LabelRunResult]:
-        """Make the trainings that are missing, and write the results after each.
+        """Say what will be trained, make the trainings that are missing, and write the results after each.
 
         Returns:
             of the trainings asked for, in the order in which they are made: draw by draw, so that each draw adds a
             whole picture.
 
         Raises:
-            ValueError: when a folder holds a training of other options, or a configuration file has changed meanwhile.
+            ValueError: when a folder holds a training of other options, a number of labels is too small or too large
+                for the data, or a configuration file has changed meanwhile.
             RuntimeError: when a training fails; its log is named, and its errors are quoted.
         """
         results: list[LabelRunResult] = []
         stored = {run: self._stored(run) for run in self.runs}  # a wrong folder is found before anything is trained
+        missing = [run for run in self.runs if stored[run] is None]
+        if missing:  # complete trainings are put together without their data
+            source = self._source()
+            self._announce(source, len(missing))
+            self._check_counts(source, missing)
         for number, run in enumerate(self.runs, 1):
             known = stored[run]
             print(f"[{number}/{len(self.runs)}] {run}" + (" (complete)" if known else ""), flush=True)
@@ -236,6 +247,41 @@ class LabelEfficiencyStudy:
         listed = isinstance(values, Sequence) and not isinstance(values, str) and len(values) > 0
         if not listed or not all(map(is_right, values)) or len(set(values)) < len(values):
             raise ValueError(f"{self._name}: {name} must be a list of different ones, {right}, got {values!r}.")
+
+    def _source(self) -> ImageSource:
+        """The data as the trainings open them, with all labels and the whole validation part."""
+        parser = ConfigParser()
+        parser.read_config(self.config_files)
+        parser.update({**self.options, "num_labels": None, "label_seed": 0, "validation_count": None})
+        source: ImageSource = parser.get_parsed_content("source")
+        return source
+
+    def _announce(self, source: ImageSource, missing: int) -> None:
+        """A misspelt option is ignored by MONAI without a word; here it shows that it was not understood."""
+        announce(source, self.output_dir / "runs", self.output_dir, preflight=False)  # each training reads all files
+        options = [f"{name} {value}" for name, value in self.options.items() if name != "bundle_root"]
+        print(f"options: {', '.join(options)}\ntrainings: {len(self.runs)}, {missing} of them to make", flush=True)
+
+    def _check_counts(self, source: ImageSource, runs: Sequence[LabelRun]) -> None:
+        """Refuse what would stop a training, perhaps after hours of others."""
+        train = source.part("train")
+        labelled = len(labelled_names(train))
+        most = labelled if labelled < len(train) else labelled - 1  # some training images must be unlabelled
+        least = 1 if source.multi_label else source.num_classes  # one image may have several labels
+        for run in runs:
+            if not least <= run.num_labels <= most:
+                raise ValueError(
+                    f"{self._name}: counts must be from {least} to {most}: {source.name} has {source.num_classes} "
+                    f"classes and {len(train)} training images, {labelled} of them with a label; got {run.num_labels}. "
+                    "All labels are trained with train.json."
+                )
+        for count, seed in dict.fromkeys((run.num_labels, run.label_seed) for run in runs):
+            kept = keep_few_labels(source, count, seed, self.options["validation_count"])
+            if len(labelled_names(kept.part("train"))) == len(train):  # whole patients
+                raise ValueError(
+                    f"{self._name}: {count} labels, seed {seed}, whole patients together, leave no training image of "
+                    f"{source.name} unlabelled; take a smaller count. All labels are trained with train.json."
+                )
 
     def _folder(self, run: LabelRun) -> Path:
         return self.output_dir / "runs" / run.folder

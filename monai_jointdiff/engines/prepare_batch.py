@@ -151,6 +151,25 @@ class JointPrepareBatch(PrepareBatch):
             clean = self._encode(move(self._tensor(batchdata, self.clean_key), **kwargs))
             return PreparedBatch(clean, {"label": move(self._tensor(batchdata, "label"))}, (), {})
 
+        prepared = self._noisy_part(batchdata, device, non_blocking, **kwargs)
+        if self.task == "joint":
+            prepared.targets["label"] = move(self._tensor(batchdata, "label"))
+            prepared.kwargs["clean"] = self._encode(move(self._tensor(batchdata, self.clean_key), **kwargs))
+        return prepared
+
+    def seeds(self, batchdata: Mapping[str, Any]) -> list[int]:
+        """One seed per image, of its noise, timestep and label dropout."""
+        draws = self._tensor(batchdata, "draw")
+        return [draw_seed(self.seed, int(draw), "noise") for draw in draws]
+
+    def _noisy_part(
+        self, batchdata: Mapping[str, Any], device: str | torch.device | None, non_blocking: bool, **kwargs: Any
+    ) -> PreparedBatch:
+        """What the denoising needs, without the images that the head sees and without their labels."""
+
+        def move(tensor: Tensor, **options: Any) -> Tensor:
+            return tensor.to(device=device, non_blocking=non_blocking, **options)
+
         image = self._encode(move(self._tensor(batchdata, "image"), **kwargs))
         seeds = self.seeds(batchdata)
         drawn = [_draw(seed, image.shape[1:], self.scheduler.num_train_timesteps) for seed in seeds]
@@ -160,18 +179,10 @@ class JointPrepareBatch(PrepareBatch):
         timesteps = move(timesteps)
         targets = {"target": self.scheduler.training_target(image, noise, timesteps), "weight": weight}
         keywords = {"noise": noise, "timesteps": timesteps}
-        if self.task == "joint":
-            targets["label"] = move(self._tensor(batchdata, "label"))
-            keywords["clean"] = self._encode(move(self._tensor(batchdata, self.clean_key), **kwargs))
         if self.class_conditional:
             hidden = torch.tensor([one.uniform < self.label_dropout for one in drawn])
             keywords["class_labels"] = move(self._class_labels(self._tensor(batchdata, "label"), hidden))
         return PreparedBatch(image, targets, (), keywords)
-
-    def seeds(self, batchdata: Mapping[str, Any]) -> list[int]:
-        """One seed per image, of its noise, timestep and label dropout."""
-        draws = self._tensor(batchdata, "draw")
-        return [draw_seed(self.seed, int(draw), "noise") for draw in draws]
 
     @torch.no_grad()
     def _encode(self, images: Tensor) -> Tensor:

@@ -38,6 +38,7 @@ from monai_jointdiff.metrics import (
     predictive_entropy,
     selective_report,
 )
+from monai_jointdiff.metrics.bootstrap import FEWEST_UNITS
 from monai_jointdiff.visualize import (
     confusion_matrix_figure,
     reliability_figure,
@@ -48,7 +49,7 @@ from monai_jointdiff.visualize import (
 
 __all__ = ["ClassificationReporter", "choose_decision", "notes_on_patients", "resampling", "write_predictions_csv"]
 
-_FEWEST_PATIENTS = 10  # percentiles over fewer resampled groups cover well below 95 %
+_FEWEST_PATIENTS = FEWEST_UNITS
 
 
 def choose_decision(predictions: Predictions, multi_label: bool, chosen_on: str) -> Decision:

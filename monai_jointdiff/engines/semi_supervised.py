@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,13 +23,14 @@ import torch.distributed as dist
 from monai.transforms import Compose
 from torch import Tensor, nn
 
-from monai_jointdiff.data import PseudoLabelTable
+from monai_jointdiff.data import PseudoLabelTable, write_label_list
 from monai_jointdiff.inferers import JointDiffusionInferer
 from monai_jointdiff.losses import FixMatchLoss, PiModelLoss, PseudoLabelLoss, UnlabelledTerm
 from monai_jointdiff.schedulers import GridScheduler
 from monai_jointdiff.transforms import ClassificationAugmentation, StrongAugmentation
 
 from .prepare_batch import JointPrepareBatch, PreparedBatch
+from .serving import start_model
 
 __all__ = [
     "PRESETS",
@@ -38,6 +40,7 @@ __all__ = [
     "make_unlabelled_term",
     "parameter_groups",
     "semi_supervised_settings",
+    "start_labelled_model",
     "task_of",
     "view_transforms",
 ]
@@ -186,19 +189,16 @@ class SemiSupervisedPrepareBatch(JointPrepareBatch):
         }
         if self.task == "classify":
             return PreparedBatch(clean, targets, (), {})
-        prepared = super().__call__(
-            self._denoised(batchdata, unlabelled), device=device, non_blocking=non_blocking, **kwargs
-        )
+        prepared = self._noisy_part(self._denoised(batchdata, unlabelled), device, non_blocking, **kwargs)
         keywords = {**prepared.kwargs, "clean": clean}
         return PreparedBatch(prepared.inputs, {**prepared.targets, **targets}, (), keywords)
 
     def _denoised(self, batchdata: Mapping[str, Any], unlabelled: Tensor) -> dict[str, Any]:
-        """What the base class needs of the images that are denoised."""
-        if self.task == "joint" and self.noisy == "unlabelled" and not bool(unlabelled.any()):
+        """The rows of the images that are denoised."""
+        if self.noisy == "unlabelled" and not bool(unlabelled.any()):
             raise ValueError(f"{type(self).__name__}: only unlabelled images are denoised, and the batch has none.")
-        keys = [key for key in ("image", self.clean_key, "label", "draw") if key in batchdata]
         rows = unlabelled if self.noisy == "unlabelled" else torch.ones_like(unlabelled)
-        return {key: self._tensor(batchdata, key)[rows] for key in keys}
+        return {key: self._tensor(batchdata, key)[rows] for key in ("image", "label", "draw")}
 
 
 def task_of(algorithm: str) -> str:
@@ -257,6 +257,20 @@ def make_unlabelled_term(algorithm: str, multi_label: bool = False, threshold: f
     if algorithm == "acpl":
         return PseudoLabelLoss(multi_label)
     return PiModelLoss(multi_label) if algorithm == "pi_model" else FixMatchLoss(threshold, multi_label)
+
+
+def start_labelled_model(labelled: Sequence[str], output_dir: str | Path, **model: Any) -> None:
+    """Make room for the first weights of a training with few labels, and say of which labels they are.
+
+    Not before there are weights: a run that is refused or fails leaves the list of the model that stays.
+
+    Args:
+        labelled: names of the training images that keep their label.
+        output_dir: folder of `labelled.txt`.
+        model: arguments of :func:`~monai_jointdiff.engines.start_model`.
+    """
+    start_model(**model)
+    write_label_list(Path(output_dir) / "labelled.txt", labelled)
 
 
 def view_transforms(

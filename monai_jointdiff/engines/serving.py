@@ -249,15 +249,16 @@ def images_to_classify(
 
     Returns:
         items with `image`, `label` (missing, for files) and `name`, the path relative to the folder, for slices with
-        their number (`head.nii.gz#slice_077`); and `mask` where it is known.
+        their number (`head.nii.gz#slice_077`); and where they are known `mask` and `patient`, of slices at least the
+        name of their volume.
 
     Raises:
         ValueError: when there is nothing to classify.
     """
-    path = None if dataset_dir is None else Path(str(dataset_dir))
-    if path is None or path.suffix == ".npz" or not path.exists():
+    if not reads_all_files(dataset_dir):
         source = source_of_model(description, dataset_dir, seed=seed, **options)
         return list(source.part("test" if "test" in source.given_parts else "all"))
+    path = Path(str(dataset_dir))
     given = {key: value for key, value in options.items() if value is not None}
     known = {**description.data.get("opened_with", {}), **given}
     columns, spatial_dims = known.get("image_column", "file"), description.data["spatial_dims"]
@@ -269,8 +270,22 @@ def images_to_classify(
     return [
         {"image": record.image, "label": missing, "name": record.name}
         | ({} if record.mask is None else {"mask": record.mask})
+        | ({} if record.patient is None else {"patient": record.patient})
         for record in records
     ]
+
+
+def reads_all_files(dataset_dir: str | int | None) -> bool:
+    """Whether :func:`images_to_classify` takes all image files, without asking which part of the data they are in.
+
+    Args:
+        dataset_dir: as there.
+
+    Returns:
+        True of a folder and of an image file.
+    """
+    path = None if dataset_dir is None else Path(str(dataset_dir))
+    return path is not None and path.suffix != ".npz" and path.exists()
 
 
 def preprocessing_of_model(description: ModelDescription, seed: int | None = None) -> Compose:

@@ -20,7 +20,7 @@ import io
 import json
 import re
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +43,14 @@ from monai_jointdiff.visualize import (
 )
 
 from .atomic import atomic_write_bytes, atomic_write_text
+from .predictions import patient_groups
 from .utils import is_writing_process
 
 __all__ = ["CounterfactualImages", "CounterfactualWriter", "read_counterfactual_records"]
 
 _LONGEST_NAME = 80  # characters of a folder's name
 _LOOKED_AT = 256  # items of a data set among which the pictures of a training are chosen
+_UNDIVIDED = "all files, whatever part of the data they were in: they may have trained the model"
 _SUFFIXES = re.compile(r"\.(nii\.gz|[A-Za-z0-9]{1,5})$")
 
 _WRITTEN = re.compile(r"((counterfactual|reconstruction|difference|region)(_channel\d+)?\.(png|nii\.gz)|record\.json)$")
@@ -82,13 +84,17 @@ class CounterfactualWriter:
 
     The evaluator must not decollate; its output's `pred` is a :class:`~monai_jointdiff.inferers.CounterfactualResult`,
     or a tuple of them, the same batch for several targets (:class:`~monai_jointdiff.engines.CounterfactualTargets`).
-    Its batch has `name`, and if they are known `label` and `mask` (the true finding, outlined in the pictures).
+    Its batch has `name`, and if they are known `label`, `mask` (the true finding, outlined in the pictures) and
+    `patient` (empty where it is not known; of slices the volume). Intervals are those of patients, and of images with
+    several targets: what belongs together is drawn together, and fewer than ten are not drawn at all.
 
     Args:
         output_dir: folder for the files.
         class_names: names in the order of the logits.
         items: the items of the data set before they were prepared, with `image` (a file, an array, or the number of a
-            phantom) and `name`; None: arrays are written on the pixels of the network.
+            phantom) and `name`; None: arrays are written on the pixels of the network. Where they have `undivided`
+            (see :func:`~monai_jointdiff.engines.images_to_explain`), page and `metrics.json` say that they may have
+            trained the model.
         multi_label: whether the classes are independent labels.
         title: of the page.
         channel_names: of the channels, shown for images of other than 1 or 3; None: they are not named.
@@ -120,6 +126,7 @@ class CounterfactualWriter:
         self.output_dir = Path(output_dir)
         self.class_names = list(class_names)
         self.originals = None if items is None else {item["name"]: item["image"] for item in items}
+        self.undivided = any(item.get("undivided", False) for item in items or ())
         self.multi_label = multi_label
         self.title = title
         self.channel_names = channel_names
@@ -166,7 +173,8 @@ class CounterfactualWriter:
             self._write_image(self.output_dir / "cases" / self._folder_name(name), cases, results, index, names)
             self.cases.append(cases)
         if self.judge is not None:
-            self._measured += [_Measured.of(result, names, masks) for result in results]
+            patients = batch.get("patient", [""] * len(names))
+            self._measured += [_Measured.of(result, names, patients, masks) for result in results]
 
     def _write_image(
         self,
@@ -238,8 +246,7 @@ class CounterfactualWriter:
         if self.judge is None:
             return None
         every = _Measured.joined(self._measured)
-        several = len(set(every.names)) < len(every.names)
-        return counterfactual_figures(
+        figures = counterfactual_figures(
             every.images,
             every.reconstructions,
             every.counterfactuals,
@@ -250,9 +257,12 @@ class CounterfactualWriter:
             masks=every.masks,
             multi_label=self.multi_label,
             class_names=self.class_names,
-            groups=every.names if several else None,
+            groups=patient_groups(every.units),
             batch_size=self.batch_size,
         )
+        if not self.undivided:
+            return figures
+        return replace(figures, settings={**figures.settings, "images": _UNDIVIDED})
 
     def _table(self) -> str:
         stages = ("image", "reconstruction", "counterfactual")
@@ -289,10 +299,10 @@ class _Measured:
     masks: torch.Tensor | None
     target: tuple[int, ...]
     enforce: tuple[bool, ...]
-    names: tuple[str, ...]
+    units: tuple[str, ...]  # the patient, or where it is not known the image
 
     @classmethod
-    def of(cls, result: CounterfactualResult, names: Sequence[str], masks: Any) -> _Measured:
+    def of(cls, result: CounterfactualResult, names: Sequence[str], patients: Sequence[str], masks: Any) -> _Measured:
         shape = (len(names), 1, *result.image.shape[2:])
         return cls(
             images=_tensor(result.image),
@@ -301,7 +311,7 @@ class _Measured:
             masks=None if masks is None else (_tensor(masks).reshape(shape) > 0.5).float(),
             target=result.record.target,
             enforce=result.record.enforce,
-            names=tuple(names),
+            units=tuple(patient or f"image {name}" for name, patient in zip(names, patients, strict=True)),
         )
 
     @classmethod
@@ -314,7 +324,7 @@ class _Measured:
             masks=torch.cat(masks) if len(masks) == len(parts) else None,
             target=tuple(value for part in parts for value in part.target),
             enforce=tuple(value for part in parts for value in part.enforce),
-            names=tuple(value for part in parts for value in part.names),
+            units=tuple(value for part in parts for value in part.units),
         )
 
 

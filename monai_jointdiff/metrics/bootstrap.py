@@ -22,6 +22,8 @@ __all__ = ["Interval", "bootstrap_intervals", "resample_weights"]
 
 Statistics = Callable[[np.ndarray], Mapping[str, np.ndarray]]
 
+FEWEST_UNITS = 10  # percentiles over fewer resampled images or groups cover well below 95 %
+
 _BLOCK_ENTRIES = 4_000_000  # of a weight matrix held at once: 32 MB
 
 

@@ -23,7 +23,7 @@ import torch
 from monai.metrics import CumulativeIterationMetric, SSIMMetric
 from monai.utils import convert_to_tensor
 
-from monai_jointdiff.metrics.bootstrap import Interval, bootstrap_intervals
+from monai_jointdiff.metrics.bootstrap import FEWEST_UNITS, Interval, bootstrap_intervals
 from monai_jointdiff.metrics.generation import frechet_distance
 from monai_jointdiff.metrics.inputs import as_array, check_labels, check_probabilities
 
@@ -38,6 +38,7 @@ __all__ = [
     "composition",
     "cout",
     "flip_rate",
+    "grouped_wilson_interval",
     "l1_distance",
     "l2_distance",
     "reached_target",
@@ -142,11 +143,89 @@ def wilson_interval(successes: int, count: int, confidence: float = 0.95) -> Int
         )
     if not count:
         return Interval(None, reason="no image")
+    return _score_interval(successes / count, count, confidence)
+
+
+def grouped_wilson_interval(successes: Any, groups: Any, confidence: float = 0.95) -> Interval:
+    """A share of images that come in groups, with Wilson's interval of the images that are worth as much alone.
+
+    Their number is divided by the design effect, the variance of the share between groups in units of that of
+    independent images, and is at most the number of groups: at 0 and 100 %, where no variance tells how alike the
+    images of a group are, they count as one. Source: Korn and Graubard, Survey Methodology 24 (1998) 193, there with
+    another interval and a factor for few groups, in place of which the bound stands here.
+
+    Args:
+        successes: (N,) 0 and 1, or bool.
+        groups: (N,) keys such as patients.
+        confidence: of the interval.
+
+    Returns:
+        the share; without a value for no image.
+
+    Raises:
+        ValueError: for other values or shapes, or unless 0 < confidence < 1.
+    """
+    hits = as_array(successes)
+    if hits.ndim != 1 or not np.isin(hits, (0, 1)).all() or not 0 < confidence < 1:
+        raise ValueError(
+            f"grouped_wilson_interval: successes (N,) of 0 and 1 and 0 < confidence < 1 expected, got "
+            f"shape {hits.shape} and {confidence}."
+        )
+    keys = group_keys(groups, len(hits), "grouped_wilson_interval")
+    if keys is None:
+        raise ValueError("grouped_wilson_interval: groups (N,) expected, got None.")
+    if not len(hits):
+        return Interval(None, reason="no image")
+    share = float(hits.mean())
+    names, units = np.unique(keys, return_inverse=True)
+    between = np.square(np.bincount(units, hits - share)).sum()  # n^2 times the variance of the share
+    effective = float(len(names))
+    if between > 0:
+        effective = min(effective, len(hits) ** 2 * share * (1 - share) / float(between))
+    return _score_interval(share, effective, confidence)
+
+
+def _score_interval(share: float, count: float, confidence: float) -> Interval:
+    """Wilson's interval of a share of so many independent trials."""
     z2 = NormalDist().inv_cdf((1 + confidence) / 2) ** 2
-    share = successes / count
     centre = (share + z2 / (2 * count)) / (1 + z2 / count)
     half = np.sqrt(z2 * (share * (1 - share) / count + z2 / (4 * count**2))) / (1 + z2 / count)
     return Interval(share, max(0.0, float(centre - half)), min(1.0, float(centre + half)))
+
+
+def mean_interval(
+    values: np.ndarray, groups: np.ndarray | None, resamples: int, seed: int, confidence: float
+) -> Interval:
+    """Mean over images and its bootstrap, of enough images or groups.
+
+    Args:
+        values: (N,), N >= 1.
+        groups: (N,) keys, such as patients; whole groups are drawn. None: every image for itself.
+        resamples: number of resamples; 0: no interval.
+        seed: of the resamples.
+        confidence: of the interval.
+
+    Returns:
+        the mean; no interval, and the reason, where fewer than :data:`FEWEST_UNITS` images or groups could be drawn.
+    """
+    units = number_of_units(len(values), groups)
+    if 0 < resamples and units < FEWEST_UNITS:
+        kind = "images" if groups is None else "groups of images"
+        reason = f"{units} {kind} are too few for an interval (at least {FEWEST_UNITS})"
+        return Interval(float(values.mean()), reason=reason)
+    return bootstrap_intervals(
+        lambda weights: {"mean": weights @ values / weights.sum(1)},
+        len(values),
+        resamples,
+        seed,
+        groups=groups,
+        confidence=confidence,
+    )["mean"]
+
+
+def number_of_units(count: int, groups: np.ndarray | None) -> int:
+    """What a resample draws from: the number of groups, or without groups that of images."""
+    return count if groups is None else len(np.unique(groups))
 
 
 @dataclass(frozen=True)
@@ -233,15 +312,16 @@ def flip_rate(
         enforce: as in :func:`target_probability`.
         multi_label: as in :func:`target_probability`.
         class_names: K distinct names; None: "0", "1", ...
-        groups: (N,) keys such as patients, whose images resemble each other: intervals over images of which several
-            share a key are bootstraps that draw whole groups. None, and where no two images share one: Wilson
-            intervals for the rates, bootstraps over images for the gains.
+        groups: (N,) keys such as patients, whose images resemble each other. Where several images share a key, rates
+            have :func:`grouped_wilson_interval` and gains bootstraps that draw whole groups. None, and where no two
+            images share one: :func:`wilson_interval` and bootstraps over images.
         bootstrap: number of resamples; 0: no bootstrap intervals.
         seed: of the resamples.
         confidence: of the intervals.
 
     Returns:
-        rate and gain, over all images and for each direction that occurs.
+        rate and gain, over all images and for each direction that occurs. Gains have no interval where fewer than ten
+        images or groups could be drawn.
 
     Raises:
         ValueError: for wrong probabilities, targets, names or groups.
@@ -253,7 +333,7 @@ def flip_rate(
         raise ValueError(f"flip_rate: before and after must have one shape, got {np.shape(before)}, {scores.shape}.")
     already = reached_target(before, target, enforce, multi_label=multi_label)
     flipped = reached_target(after, target, enforce, multi_label=multi_label)
-    names = _direction_names(class_names, classes, wanted, scores.shape[1], multi_label)
+    names = direction_names(class_names, classes, wanted, scores.shape[1], multi_label)
     keys = group_keys(groups, len(scores), "flip_rate")
 
     def figures(asked: np.ndarray) -> FlipFigures:
@@ -278,7 +358,7 @@ def flip_rate(
             "confidence": confidence,
             "seed": seed,
             "intervals": "Wilson (rate), bootstrap of images (gain)"
-            + ("; bootstrap of groups where one has several images" if groups is not None else ""),
+            + ("; by groups where one has several images" if groups is not None else ""),
         },
     )
 
@@ -296,21 +376,18 @@ def _flip_figures(
     if not count:
         none = Interval(None, reason="no image whose decision could flip")
         return FlipFigures(0, left_out, none, none)
-    columns = np.stack([flipped, gain], axis=1).astype(np.float64)
-
-    def means(weights: np.ndarray) -> dict[str, np.ndarray]:
-        rates, gains = (weights @ columns / weights.sum(1, keepdims=True)).T
-        return {"rate": rates, "gain": gains}
-
-    intervals = bootstrap_intervals(means, count, resamples, seed, groups=groups, confidence=confidence)
-    rate = wilson_interval(int(flipped.sum()), count, confidence) if groups is None else intervals["rate"]
-    return FlipFigures(count, left_out, rate, intervals["gain"])
+    rate = (
+        wilson_interval(int(flipped.sum()), count, confidence)
+        if groups is None
+        else grouped_wilson_interval(flipped, groups, confidence)
+    )
+    return FlipFigures(count, left_out, rate, mean_interval(gain, groups, resamples, seed, confidence))
 
 
-def _direction_names(
+def direction_names(
     class_names: Sequence[str] | None, classes: np.ndarray, wanted: np.ndarray, num_classes: int, multi_label: bool
 ) -> np.ndarray:
-    """(N,) the name of what each image is asked for."""
+    """(N,) the name of what each image is asked for: the class, or `"enforce NAME"` and `"remove NAME"` of labels."""
     names = [str(name) for name in (range(num_classes) if class_names is None else class_names)]
     if len(names) != num_classes or len(set(names)) != num_classes:
         raise ValueError(f"flip_rate: {num_classes} distinct class names expected, got {names}.")

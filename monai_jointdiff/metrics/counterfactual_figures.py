@@ -21,16 +21,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from monai_jointdiff.metrics.bootstrap import Interval, bootstrap_intervals
+from monai_jointdiff.metrics.bootstrap import FEWEST_UNITS, Interval
 from monai_jointdiff.metrics.counterfactual import (
     Classify,
     FlipReport,
     composition,
     cout,
+    direction_names,
     flip_rate,
     group_keys,
     l1_distance,
     l2_distance,
+    mean_interval,
+    number_of_units,
     reached_target,
     sparsity,
     structural_similarity,
@@ -88,9 +91,11 @@ class CounterfactualFigures:
         to_input: counterfactuals against images.
         to_reconstruction: counterfactuals against factual reconstructions: the change itself.
         composition: L1 of factual reconstruction against image: what encoding and decoding do alone.
-        localization: of the change against the masks of the findings, with the threshold :data:`CHANGED`; None where
-            no mask is known.
-        settings: resamples, confidence, seed, and what was drawn.
+        localization: of the change against the masks of the findings, with the threshold :data:`CHANGED`, for each
+            direction with a mask: by what the model said before and what was asked for, `"opacity -> normal"`, or
+            `"enforce NAME"` and `"remove NAME"`. A mask shows what is there before, so that only a change that takes
+            it away can be expected inside. None where no mask is known.
+        settings: resamples, confidence, seed, what was drawn (`"images"` or `"groups"`), and from how many (`units`).
     """
 
     count: int
@@ -100,7 +105,7 @@ class CounterfactualFigures:
     to_input: ProximityFigures
     to_reconstruction: ProximityFigures
     composition: Interval
-    localization: LocalizationReport | None
+    localization: Mapping[str, LocalizationReport] | None
     settings: Mapping[str, Any]
 
     def as_dict(self) -> dict[str, Any]:
@@ -114,7 +119,7 @@ def _plain(part: Any) -> Any:
         return part.as_dict()
     if is_dataclass(part):
         return {field.name: _plain(getattr(part, field.name)) for field in fields(part)}
-    return dict(part) if isinstance(part, Mapping) else part
+    return {name: _plain(inner) for name, inner in part.items()} if isinstance(part, Mapping) else part
 
 
 def counterfactual_figures(
@@ -148,9 +153,11 @@ def counterfactual_figures(
         masks: (N, 1, *spatial), 0 and 1, where the finding is; None: not known.
         multi_label: the classes are independent labels.
         class_names: K distinct names; None: "0", "1", ...
-        groups: (N,) keys, such as the names of images with several counterfactuals each: intervals draw whole groups.
+        groups: (N,) keys, such as patients, or the names of images with several counterfactuals each: intervals draw
+            whole groups, and rates have :func:`~monai_jointdiff.metrics.grouped_wilson_interval`.
         batch_size: images for each call of the classifiers.
-        bootstrap: number of resamples; 0: no bootstrap intervals.
+        bootstrap: number of resamples; 0: no bootstrap intervals. There is none either of a figure of fewer than ten
+            images or groups.
         seed: of the resamples.
         confidence: of the intervals.
 
@@ -175,7 +182,8 @@ def counterfactual_figures(
         batch_size=batch_size,
         resampling={"bootstrap": bootstrap, "seed": seed, "confidence": confidence},
     )
-    asked = ~run.already(classify)
+    before = run.probabilities(classify, x)
+    asked = ~run.already(before)
     return CounterfactualFigures(
         count=count,
         already=int((~asked).sum()),
@@ -184,8 +192,12 @@ def counterfactual_figures(
         to_input=run.proximity_to(x, asked),
         to_reconstruction=run.proximity_to(x_fr, asked),
         composition=run.mean(lambda: composition(x[asked], lambda _: x_fr[asked], (1,))[1], asked),
-        localization=None if masks is None else run.localization(x_cf - x_fr, as_array(masks), asked),
-        settings={**run.resampling, "drawn": "images" if groups is None else "groups"},
+        localization=None if masks is None else run.localization(x_cf - x_fr, as_array(masks), asked, before),
+        settings={
+            **run.resampling,
+            "drawn": "images" if groups is None else "groups",
+            "units": number_of_units(count, run.groups),
+        },
     )
 
 
@@ -207,15 +219,15 @@ class _Run:
         """(N, K)."""
         return np.concatenate([as_array(judge(batch)) for batch in images.split(self.batch_size)])
 
-    def already(self, judge: Classify) -> np.ndarray:
-        """(N,) whether the judge gives the wanted answer to the image itself."""
-        before = self.probabilities(judge, self.images)
+    def already(self, before: np.ndarray) -> np.ndarray:
+        """(N,) whether a judge gave the wanted answer to the image itself, from its probabilities (N, K)."""
         return reached_target(before, self.target, self.enforce, multi_label=self.multi_label)
 
     def judged_by(self, judge: Classify) -> Judgement:
         """Flips and transition scores."""
+        before = self.probabilities(judge, self.images)
         flips = flip_rate(
-            self.probabilities(judge, self.images),
+            before,
             self.probabilities(judge, self.counterfactuals),
             self.target,
             self.enforce,
@@ -224,7 +236,7 @@ class _Run:
             groups=self.groups,
             **self.resampling,
         )
-        could = ~self.already(judge)
+        could = ~self.already(before)
 
         def scores() -> np.ndarray:
             return cout(
@@ -246,23 +258,36 @@ class _Run:
         pair = others[asked], self.counterfactuals[asked]
         return ProximityFigures(*[self.mean(partial(measure, *pair), asked) for measure in measures])
 
-    def localization(self, change: torch.Tensor, masks: np.ndarray, asked: np.ndarray) -> LocalizationReport | None:
-        """Of the change (N, C, *spatial) against the masks; None where all of them are empty."""
-        if not masks[asked].any():
-            return None
-        groups = None if self.groups is None else self.groups[asked]
-        return localization_report(change[asked], masks[asked], CHANGED, groups=groups, **self.resampling)
+    def directions(self, before: np.ndarray) -> np.ndarray:
+        """(N,) what a judge said before and what was asked for; of a label the one follows from the other."""
+        num_classes = before.shape[1]
+        wanted = direction_names(self.class_names, self.target, self.enforce, num_classes, self.multi_label)
+        if self.multi_label:
+            return wanted
+        said = direction_names(self.class_names, before.argmax(1), self.enforce, num_classes, False)
+        return np.array([f"{one} -> {other}" for one, other in zip(said, wanted, strict=True)])
+
+    def localization(
+        self, change: torch.Tensor, masks: np.ndarray, asked: np.ndarray, before: np.ndarray
+    ) -> dict[str, LocalizationReport] | None:
+        """Of the change (N, C, *spatial) against the masks, in each direction; None where all of them are empty."""
+        shown = asked & masks.reshape(len(masks), -1).any(1)
+        names, reports = self.directions(before), {}
+        for name in np.unique(names[shown]):
+            here = names == name
+            drawn = None if self.groups is None else self.groups[shown & here]
+            enough = number_of_units(int((shown & here).sum()), drawn) >= FEWEST_UNITS
+            resampling = self.resampling if enough else {**self.resampling, "bootstrap": 0}
+            groups = None if self.groups is None else self.groups[asked & here]
+            reports[str(name)] = localization_report(
+                change[asked & here], masks[asked & here], CHANGED, groups=groups, **resampling
+            )
+        return reports or None
 
     def mean(self, measure: Callable[[], np.ndarray], chosen: np.ndarray) -> Interval:
         """Mean of a figure of the chosen images, (M,); not measured where none is chosen."""
         if not chosen.any():
             return Interval(None, reason=_NOTHING_ASKED)
-        values = measure()
-        return bootstrap_intervals(
-            lambda weights: {"mean": weights @ values / weights.sum(1)},
-            len(values),
-            self.resampling["bootstrap"],
-            self.resampling["seed"],
-            groups=None if self.groups is None else self.groups[chosen],
-            confidence=self.resampling["confidence"],
-        )["mean"]
+        groups = None if self.groups is None else self.groups[chosen]
+        settings = self.resampling
+        return mean_interval(measure(), groups, settings["bootstrap"], settings["seed"], settings["confidence"])

@@ -52,11 +52,13 @@ class StrongAugmentation(RandomizableTransform, MapTransform):
     `noise`        of standard deviation 0.3 (either sign)
     ============== =============================================================================================
 
-    The background stays background: pixels all of whose channels have its value keep it in all operations on
-    intensities but blur and noise, and what geometry brings in from outside and what cutout covers has it, too. All
-    geometry is one interpolation. The operations are written on tensors: MONAI's array transforms take up to
-    milliseconds each, as much as a training step has for an image. All random numbers come from the transform's own
-    state, so a view is a function of the seed that the data set gives it.
+    Pixels all of whose channels have exactly the value of the background keep it in all operations on intensities but
+    blur and noise, and what geometry brings in from outside and what cutout covers has it, too. So the background of an
+    undisturbed image stays background. That of a view which an earlier transform made brighter or noisy, as the weak
+    view of FixMatch may be, has other values: it is changed like the rest of the image, and what comes in from outside
+    or is covered stands out against it. All geometry is one interpolation. The operations are written on tensors:
+    MONAI's array transforms take up to milliseconds each, as much as a training step has for an image. All random
+    numbers come from the transform's own state, so a view is a function of the seed that the data set gives it.
 
     Args:
         spatial_dims: 2 or 3.

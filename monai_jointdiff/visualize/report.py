@@ -17,14 +17,15 @@ from __future__ import annotations
 import base64
 import io
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
 import numpy as np
 from monai.utils import optional_import
 
-from monai_jointdiff.metrics import CounterfactualFigures, Interval, Judgement
+from monai_jointdiff.metrics import CounterfactualFigures, Interval, Judgement, LocalizationReport
+from monai_jointdiff.metrics.bootstrap import FEWEST_UNITS
 from monai_jointdiff.visualize.counterfactual import BRIGHTER, DARKER, FINDING, REGION, CounterfactualCase, signed
 
 __all__ = ["counterfactual_report", "png_bytes"]
@@ -307,18 +308,47 @@ def _measured(figures: CounterfactualFigures) -> str:
             distances,
         ),
     ]
-    found = figures.localization
-    if found is not None:
-        values = (found.auprc, found.iou, found.iou_best, found.dice, found.pointing, found.inside, found.outside)
-        parts.append(
-            _table(
-                f"Change against the masks of {found.count} findings; IoU and Dice of changes above "
-                f"{found.threshold:g}, IoU at best with the threshold that suits these very images",
-                ("", "AUPRC", "IoU", "IoU at best", "Dice", "pointing game", "change inside", "change outside"),
-                f'<tr><th scope="row">change</th>{"".join(_cell(value) for value in values)}</tr>',
-            )
+    if figures.localization:
+        parts.append(_localized(figures.localization))
+    return "\n".join(["<h2>Figures</h2>", warning, _drawn(figures.settings), *parts])
+
+
+def _localized(reports: Mapping[str, LocalizationReport]) -> str:
+    """The change against masks, a row for each direction: the mask of a finding cannot hold the one that comes."""
+    threshold = next(iter(reports.values())).threshold
+    columns = ("auprc", "iou", "iou_best", "dice", "pointing", "inside", "outside")
+    return _table(
+        "Change against the masks of the findings that are there before; IoU and Dice of changes above "
+        f"{threshold:g}, IoU at best with the threshold that suits these very images",
+        (
+            "predicted and asked for",
+            "masks",
+            "AUPRC",
+            "IoU",
+            "IoU at best",
+            "Dice",
+            "pointing game",
+            "change inside",
+            "change outside",
+        ),
+        "".join(
+            f'<tr><th scope="row">{escape(direction)}</th><td>{found.count}</td>'
+            f"{''.join(_cell(getattr(found, column)) for column in columns)}</tr>"
+            for direction, found in reports.items()
+        ),
+    )
+
+
+def _drawn(settings: Mapping[str, Any]) -> str:
+    """What the images are, if that limits what the figures say, and what the intervals are over."""
+    texts = [f"The images: {settings['images']}."] if "images" in settings else []
+    if settings["drawn"] == "groups":
+        texts.append(
+            f"Intervals are over {settings['units']} groups of counterfactuals that belong together: of one patient, "
+            "or of one image."
         )
-    return "\n".join(["<h2>Figures</h2>", warning, *parts])
+    texts.append(f"Means over fewer than {FEWEST_UNITS} have no interval.")
+    return f"<p>{escape(' '.join(texts))}</p>"
 
 
 def _judgement(name: str, judgement: Judgement) -> str:

@@ -151,7 +151,8 @@ class TestProgram(unittest.TestCase):
         self.assertEqual((metrics["count"], metrics["oracle"], metrics["oracle_id"]), (3, None, None))
         distance = np.mean(np.abs((expected.counterfactual - images).numpy()))
         self.assertAlmostEqual(metrics["to_input"]["l1"]["value"], distance, places=5)
-        self.assertGreaterEqual(metrics["localization"]["count"], 1)  # phantoms have masks
+        self.assertGreaterEqual(sum(found["count"] for found in metrics["localization"].values()), 1)
+        self.assertNotIn("images", metrics["settings"])  # phantoms of the test part
         self.assertIn("its own verdict proves nothing", page.text)
 
     def test_every_other_class_with_an_oracle(self) -> None:
@@ -202,12 +203,15 @@ class TestProgram(unittest.TestCase):
                 pixels[5:9, 2:6] = 255
                 save_png(pixels, folder / "masks" / f"{n}.png")
                 stream.write(f"{n}.png,masks/{n}.png\n")
-        explain(output, dataset_dir=str(folder), mask_column="mask", target=0)
+        printed = explain(output, dataset_dir=str(folder), mask_column="mask", target=0)
+        self.assertIn("may have trained the model", printed)
         self.assertEqual([row["image"] for row in rows(output)], ["0.png", "1.png"])
         metrics = content(output / "metrics.json")
         asked = metrics["count"] - metrics["already"]
         if asked:
-            self.assertEqual(metrics["localization"]["count"], asked)
+            self.assertEqual(sum(found["count"] for found in metrics["localization"].values()), asked)
+            self.assertTrue(all(name.endswith(" -> normal") for name in metrics["localization"]))
+        self.assertIn("may have trained the model", metrics["settings"]["images"])
         self.assertIn("true finding", page_of(self, output).text)
 
     def test_folder_with_sub_folders_and_a_named_target(self) -> None:

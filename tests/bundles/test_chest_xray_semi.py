@@ -302,7 +302,7 @@ class TestConfiguration(unittest.TestCase):
         with working_directory(ROOT):
             parser.read_config([TRAIN, "bundles/chest_xray/multi_gpu_train.json", SEMI])
         self.assertIn("init_process_group", "".join(parser["initialize"]))
-        self.assertIn("write_label_list", parser["initialize"][-1])
+        self.assertIn("check_task", parser["initialize"][-1])
         self.assertIn("get_rank", parser["train#sampler#rank"])
 
     @parameterized.expand(

@@ -205,7 +205,8 @@ class TestClasses(unittest.TestCase):
         (folder / "six.txt").write_text("\n".join(n for k, n in by_class.items() if k != 3), encoding="utf-8")
         with self.assertRaises((ValueError, RuntimeError)) as caught:
             parsed(label_list=str(folder / "six.txt")).get_parsed_content("loss")
-        self.assertIn("no labelled training image of class 3 of 7", message_of(caught.exception))
+        message = message_of(caught.exception)
+        self.assertRegex(message, "no labelled training image of class 3 of 7 .*--balance none")
         loss = parsed(label_list=str(folder / "six.txt"), balance="none").get_parsed_content("loss")
         self.assertIsNone(loss.class_weights)
 

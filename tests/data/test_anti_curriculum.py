@@ -84,7 +84,14 @@ class TestEquations(unittest.TestCase):
         p, votes = np.array([[0.2, 0.8]] * 4), np.array([[1.0, 0.0]] * 3 + [[np.nan, 0.0]])
         found = informative_mixup(p, votes, np.array([0.0, 0.25, 1.0, 0.5]))
         np.testing.assert_allclose(found, [[1, 0], [0.8, 0.2], [0.2, 0.8], [0.2, 0.4]], atol=1e-12)
-        np.testing.assert_allclose(informative_mixup(p[:1], votes[:1], np.array([-0.5])), [[1, 0]])
+
+    def test_mixup_weighs_by_the_place_among_the_densities(self) -> None:
+        """Cosines near 1: the least dense image still has its neighbours' label, the densest the network's."""
+        p, votes = np.array([[0.2, 0.8]] * 3), np.array([[1.0, 0.0]] * 3)
+        expected = [[1, 0], [0.8, 0.2], [0.2, 0.8]]
+        for density in ([0.90, 0.92, 0.98], [-0.5, -0.25, 0.5]):
+            np.testing.assert_allclose(informative_mixup(p, votes, np.array(density)), expected, atol=1e-12)
+        np.testing.assert_allclose(informative_mixup(p, votes, np.full(3, 0.9)), votes)  # all are the least dense
 
     def test_mutual_neighbours(self) -> None:
         anchors, unlabelled = random_case()
@@ -147,6 +154,7 @@ class TestLabeller(unittest.TestCase):
         chosen = informative_samples(density)
         np.testing.assert_array_equal(found.weights, chosen)
         mutual = [sum(row in np.argsort(-similarity[:, a])[:k] for a in near[row]) for row in range(60)]
+        lowest, highest = min(density), max(density)
         least = min(count for count, is_chosen in zip(mutual, chosen, strict=True) if is_chosen)
         loose = [row for row in range(60) if chosen[row] and mutual[row] == least]
         new = sorted(loose, key=lambda row: density[row])[:20]  # no more than there are labels
@@ -156,7 +164,7 @@ class TestLabeller(unittest.TestCase):
         for row in np.flatnonzero(chosen):
             for entry in range(4):
                 votes = [v for v in anchors.labels[near[row], entry] if not np.isnan(v)]
-                p, d = unlabelled.probabilities[row, entry], max(density[row], 0.0)
+                p, d = unlabelled.probabilities[row, entry], (density[row] - lowest) / (highest - lowest)
                 mixed = d * p + (1 - d) * np.mean(votes) if votes else p
                 self.assertAlmostEqual(found.probabilities[row, entry], mixed, places=12)
         if not multi_label:

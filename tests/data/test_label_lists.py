@@ -287,6 +287,33 @@ class TestValidation(unittest.TestCase):
         again = open_with_few_labels(num_labels=15, label_seed=4, validation_count=validation_count, **self.PHANTOMS)
         self.assertEqual(again.part("val") == val, n == 90)
 
+    def test_a_few_more_where_the_count_has_no_room_for_every_class(self) -> None:
+        """Training images show four of eight findings each, validation images one."""
+        half = np.repeat([[1, 0], [0, 1]], 4, axis=1)
+        arrays = {
+            "train_labels": np.tile(half, (20, 1)),
+            "val_labels": np.tile(np.eye(8, dtype=int), (5, 1)),
+            "test_labels": half,
+        }
+        images = {name.replace("labels", "images"): np.zeros((len(a), 8, 8), np.uint8) for name, a in arrays.items()}
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "data.npz"
+            np.savez(path, **arrays, **images)
+            for count, expected in ((4, 8), (8, 8), (11, 11)):
+                source = open_with_few_labels(path, num_labels=count, validation_count="labelled")
+                self.assertEqual(len(labelled_names(source.part("train"))), count)
+                found = np.array([item["label"] for item in source.part("val")])
+                self.assertEqual((len(found), found.any(axis=0).tolist()), (expected, [True] * 8))
+
+    def test_lists_with_room_are_those_of_the_choice(self) -> None:
+        val = open_source(**self.PHANTOMS).part("val")
+        labels = [item["label"] for item in val]
+        for seed in range(3):
+            for count in (len(set(labels)), 10, 31):
+                source = open_with_few_labels(label_seed=seed, validation_count=count, **self.PHANTOMS)
+                expected = [val[n] for n in choose_labelled(labels, count, seed=seed)]
+                self.assertEqual(source.part("val"), expected)
+
     @parameterized.expand([(0,), (2.5,), (True,), ("all",)])
     def test_wrong_number(self, count: object) -> None:
         message = "open_with_few_labels: validation_count must be a number >= 1, 'labelled' or None, got"

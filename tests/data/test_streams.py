@@ -88,8 +88,8 @@ class TestTwoStreamOrder(unittest.TestCase):
             (LABELS, {"unlabelled_per_labelled": 0}, "unlabelled_per_labelled must be at least 1, got 0"),
             (LABELS, {"unlabelled_per_labelled": 1.5}, "unlabelled_per_labelled must be a whole number, got 1.5"),
             (LABELS, {"unlabelled_per_labelled": 3, "batch_size": 6}, "must be a multiple of 4, .* got 6"),
-            ([0, 1], {}, "needs labelled and unlabelled images, got 2 and 0"),
-            ([-1, -1], {}, "needs labelled and unlabelled images, got 0 and 2"),
+            ([0, 1], {}, "got 2 and 0. Take fewer labels .--num_labels., or .* by train.json alone"),
+            ([-1, -1], {}, "got 0 and 2. Give some training images a label"),
             ([[[0]]], {}, r"labels must be \(N,\) or \(N, K\), got shape \(1, 1, 1\)"),
             ([[0, 1], [-1, -1]], {"balance": "sampler"}, "balance 'sampler' needs one class per image"),
         ]

@@ -27,9 +27,11 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+from monai.bundle import ConfigParser
 from monai.utils import optional_import
 from parameterized import parameterized
 
+from monai_jointdiff.data import open_source
 from monai_jointdiff.engines import (
     LabelEfficiencyStudy,
     LabelRun,
@@ -42,6 +44,20 @@ from monai_jointdiff.metrics import Interval, mean_of_repeats
 _, has_matplotlib = optional_import("matplotlib")
 _, has_scipy = optional_import("scipy")
 
+ROOT = Path(__file__).resolve().parents[2]
+SOURCE = {  # of phantoms, whatever dataset_dir says
+    "num_labels": 50,
+    "label_seed": 0,
+    "validation_count": None,
+    "source": {
+        "_target_": "monai_jointdiff.data.open_with_few_labels",
+        "image_size": 16,
+        "phantom_counts": (60, 90, 6),
+        "num_labels": "@num_labels",
+        "label_seed": "@label_seed",
+        "validation_count": "@validation_count",
+    },
+}
 GRID: dict[str, Any] = {"counts": [20, 10], "algorithms": ["supervised", "fixmatch"], "label_seeds": [0, 5]}
 
 
@@ -89,8 +105,8 @@ class TestStudy(unittest.TestCase):
         self.addCleanup(folder.cleanup)
         self.folder = Path(folder.name)
         self.configs = [self.folder / "train.json", self.folder / "train_semi.json"]
-        for file in self.configs:
-            file.write_text("{}", encoding="utf-8")
+        for file, content in zip(self.configs, (SOURCE, {}), strict=True):
+            file.write_text(json.dumps(content), encoding="utf-8")
 
     def study(self, **options: Any) -> LabelEfficiencyStudy:
         given = {"dataset_dir": "/somewhere/images", "epochs": 3, "image_size": None}
@@ -224,6 +240,97 @@ class TestStudy(unittest.TestCase):
         self.configs[1].unlink()
         with self.assertRaisesRegex(ValueError, "there is no configuration file .*train_semi.json"):
             self.study()
+
+    def test_says_what_is_trained_before_the_first_training(self) -> None:
+        printed: list[str] = []
+
+        def first(*_: Any, **__: Any) -> None:
+            raise InterruptedError  # nothing after it is of interest
+
+        with (
+            mock.patch("subprocess.run", first),
+            mock.patch("builtins.print", lambda *words, **_: printed.append(" ".join(words))),
+            self.assertRaises(InterruptedError),
+        ):
+            self.study().run()
+        text = "\n".join(printed)
+        self.assertRegex(text, r"data: .*phantoms.*16 x 16(.|\n)*train: 60 images(.|\n)*val: 90 images")
+        self.assertNotIn("unlabelled", text)  # all labels that there are
+        self.assertIn("dataset_dir /somewhere/images, epochs 3", text)
+        self.assertIn("trainings: 8, 8 of them to make", text)
+        self.assertIn(f"results: {self.folder}", text)
+
+    @parameterized.expand([("chest_xray",), ("skin_lesion",)])
+    def test_options_of_a_bundle(self, name: str) -> None:
+        """They reach the trainings; a misspelt one shows as phantoms."""
+        names = ("image_column", "label_column", "split_column", "patient_column")
+        given = {**{option: f"my_{option}" for option in names}, "class_names": "a,b", "batch_size": 16}
+        bundle = ROOT / "bundles" / name
+
+        def study(**options: Any) -> LabelEfficiencyStudy:
+            parser = ConfigParser()
+            parser.read_config(bundle / "configs" / "label_efficiency.json")
+            small = {"source#phantom_counts": [150, 60, 6], "image_size": 16}
+            places = {"bundle_root": str(bundle), "output_dir": str(self.folder)}
+            parser.update({**places, "train_options": small, **options})
+            parsed: LabelEfficiencyStudy = parser.get_parsed_content("study")
+            return parsed
+
+        plain = options_of(study().command(LabelRun("joint", 10, 0)))
+        self.assertFalse({*given, "device", "num_workers"} & set(plain))  # those of train.json, and of a preset
+        for device in ("cpu", "$torch.device('cpu')"):
+            found = options_of(study(**given, num_workers=2, device=device).command(LabelRun("joint", 10, 0)))
+            self.assertLessEqual({**given, "num_workers": 2, "device": "$torch.device('cpu')"}.items(), found.items())
+        printed: list[str] = []
+        with (
+            mock.patch("subprocess.run", side_effect=InterruptedError),
+            mock.patch("builtins.print", lambda *words, **_: printed.append(" ".join(words))),
+            self.assertRaises(InterruptedError),
+        ):
+            study(datset_dir="my_images").run()
+        self.assertRegex("\n".join(printed), "data: .*phantoms")
+        with self.assertRaises(RuntimeError) as caught:  # MONAI's own, around the reader's
+            study(dataset_dir="nowhere").run()
+        self.assertIn("nowhere", str(caught.exception.__cause__))
+
+    @parameterized.expand([([10, 60],), ([10, 61],), ([2, 10],)])
+    def test_counts_that_the_data_cannot_have_are_refused_at_once(self, counts: list[int]) -> None:
+        none = Trainings()
+        wrong = next(count for count in counts if count != 10)
+        message = f"counts must be from 3 to 59: .* 3 classes and 60 training images.* got {wrong}. .* with train.json"
+        with self.assertRaisesRegex(ValueError, f"LabelEfficiencyStudy: {message}"):
+            self.run_study(none, counts=counts)
+        self.assertEqual(none.asked, [])
+        self.assertFalse((self.folder / "runs").exists())
+        self.run_study(none, counts=[3, 59], label_seeds=[0])
+        self.assertEqual(len(none.asked), 4)
+
+    def test_choices_of_labels_that_a_training_would_refuse_are_refused_at_once(self) -> None:
+        """Two patients of five images: eight labels are ten. Four findings, one for each image: they take four."""
+        patients: dict[str, Any] = {"train_labels": np.arange(10) // 5, "train_patients": np.repeat(["a", "b"], 5)}
+        findings: dict[str, Any] = {"train_labels": np.tile(np.eye(4, dtype=int), (3, 1))}
+        none = Trainings()
+        for arrays, count, message in (
+            (patients, 8, "8 labels, seed 0, whole patients together, leave no training image"),
+            (findings, 3, "3 labels are too few for one of each of the 4 classes"),
+        ):
+            rest = {f"{part}_labels": arrays["train_labels"] for part in ("val", "test")}
+            images = {
+                f"{p}_images": np.zeros((len(rest["val_labels"]), 8, 8), np.uint8) for p in ("train", "val", "test")
+            }
+            np.savez(self.folder / "data.npz", **arrays, **rest, **images)
+            source = open_source(self.folder / "data.npz")
+            with (
+                mock.patch.object(LabelEfficiencyStudy, "_source", return_value=source),
+                self.assertRaisesRegex(ValueError, message),
+            ):
+                self.run_study(none, counts=[count])
+        self.assertEqual(none.asked, [])
+
+    def test_complete_trainings_need_no_data(self) -> None:
+        results = self.run_study(Trainings())
+        with mock.patch.object(LabelEfficiencyStudy, "_source", side_effect=AssertionError):
+            self.assertEqual(self.run_study(Trainings()), results)
 
     def test_command_keeps_texts_and_values(self) -> None:
         values = {"dataset_dir": "2024_01", "progress": True, "train#epoch_length": 3, "class_names": ["a", "b"]}

@@ -64,6 +64,7 @@ from monai_jointdiff.networks import HEADS, ClassifierHead, JointDiffusionUNet
 from monai_jointdiff.schedulers import make_scheduler
 from monai_jointdiff.transforms import ClassificationAugmentation
 from tests.engines.small_run import Recorder, items, small_network, use_one_thread
+from tests.inferers.autoencoders import HalvingAutoencoder
 
 LABELS = [0, -1, -1, 1, -1, -1, 2, -1, -1, -1, -1, 1]
 VIEWS = ("image_cls", "image_strong")
@@ -127,6 +128,15 @@ class TestPrepareBatch(unittest.TestCase):
                 torch.testing.assert_close(found.kwargs[key], joint.kwargs[key][rows], rtol=0, atol=0)
             for key in ("target", "weight"):
                 torch.testing.assert_close(found.targets[key], joint.targets[key][rows], rtol=0, atol=0)
+
+    @parameterized.expand([("all", 4), ("unlabelled", 2)])
+    def test_on_latents_every_image_is_encoded_once(self, noisy: str, denoised: int) -> None:
+        autoencoder = HalvingAutoencoder()
+        with mock.patch.object(autoencoder, "encode", wraps=autoencoder.encode) as encode:
+            found = prepare(views=VIEWS, noisy=noisy, autoencoder=autoencoder)(batch(), "cpu")
+        self.assertEqual(sum(len(call.args[0]) for call in encode.call_args_list), 6 + denoised)
+        self.assertEqual((len(found.kwargs["clean"]), len(found.inputs)), (6, denoised))
+        self.assertEqual((found.inputs.shape[2:], found.kwargs["clean"].shape[2:]), ((4, 4), (4, 4)))
 
     def test_without_a_term(self) -> None:
         found = prepare()(batch(), "cpu")

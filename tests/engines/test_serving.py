@@ -332,12 +332,15 @@ class TestSlicesToClassify(unittest.TestCase):
         model = self.model(image_column=["flair", "t1c"], slice_axis=0, min_foreground=0.0)
         items = images_to_classify(str(self.folder), model)
         self.assertEqual([item["name"] for item in items], [f"p/flair.nii#slice_{n:03d}" for n in range(5)])
+        self.assertEqual({item["patient"] for item in items}, {"p"})
         self.assertEqual(preprocessing_of_model(model)(items[3])["image"].shape, (2, 8, 8))
 
     def test_options_come_before_the_trainings(self) -> None:
         given: dict[str, Any] = {"image_column": "flair,t1c", "slice_axis": 2, "slice_every": 3, "min_foreground": None}
         items = images_to_classify(str(self.folder), self.model(min_foreground=0.0), **given)
         self.assertEqual([item["name"] for item in items], ["p/flair.nii#slice_000", "p/flair.nii#slice_003"])
+        one = images_to_classify(str(self.folder), self.model(min_foreground=0.0), slice_axis=2, image_column="flair")
+        self.assertEqual({item["patient"] for item in one}, {"p/flair.nii", "p/t1c.nii"})  # each volume by itself
 
 
 class TestImagesToClassify(unittest.TestCase):

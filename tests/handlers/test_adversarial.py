@@ -30,6 +30,18 @@ class TestAdversarialStart(unittest.TestCase):
         engine.run([0] * 5, max_epochs=1)
         self.assertEqual(weights[:4], [0.0, 0.0, 0.5, 0.5])
 
+    def test_run_that_ends_before_the_term_begins(self) -> None:
+        loss = AutoencoderLoss(discriminator=nn.Identity(), adversarial_weight=0.5)
+        for weight, start, refused in ((0.5, 10, True), (0.5, 9, False), (0.0, 10, False)):
+            engine = Engine(lambda engine, batch: None)
+            AdversarialStart(loss, weight, start).attach(engine)
+            if not refused:
+                engine.run([0] * 5, max_epochs=2)
+                continue
+            with self.assertRaisesRegex(ValueError, "AdversarialStart: start is 10, .* ends after iteration 10: "):
+                engine.run([0] * 5, max_epochs=2)
+            self.assertEqual(engine.state.iteration, 0)
+
     def test_wrong_input(self) -> None:
         for options in ({"weight": -1.0}, {"weight": 1.0, "start": -1}):
             with self.assertRaisesRegex(ValueError, "AdversarialStart: .* must be >= 0, got -1"):

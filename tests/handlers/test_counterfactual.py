@@ -326,6 +326,36 @@ class TestFigures(unittest.TestCase):
         self.assertIsNone(written["localization"])
         self.assertIsNone(written["oracle"])
 
+    def test_slices_of_a_patient_are_drawn_together(self) -> None:
+        count = 40
+        result = known_result(images(count, 1, 8, 8) / 9 - np.linspace(0.1, 0.5, count).reshape(-1, 1, 1, 1), 0.8)
+        names = [f"scan{n // 4}.nii.gz#slice_{n % 4:03d}" for n in range(count)]
+        stages = (result.image, result.reconstruction, result.counterfactual)
+        for patients in (10, 1):
+            keys = [f"p{n * patients // count}" for n in range(count)]
+            write(self.folder, result, names, judge=judge, more={"patient": keys})
+            written = json.loads((self.folder / "metrics.json").read_text(encoding="utf-8"))
+            expected = counterfactual_figures(*stages, 1, classify=judge, class_names=NAMES, groups=keys)
+            self.assertEqual(written, {"oracle_id": None, **json.loads(json.dumps(expected.as_dict()))})
+            self.assertEqual(written["settings"]["units"], patients)
+            self.assertEqual(written["to_input"]["l1"]["low"] is not None, patients == 10)
+        self.assertEqual(written["model"]["flips"]["overall"]["rate"]["value"], 1)
+        self.assertLess(written["model"]["flips"]["overall"]["rate"]["low"], 0.3)  # one patient flipped
+        page = check_self_contained(self, (self.folder / "index.html").read_text(encoding="utf-8"))
+        self.assertIn("over 1 groups of counterfactuals", page.text)
+        write(self.folder, (result, result), names, judge=judge, more={"patient": [""] * count})
+        written = json.loads((self.folder / "metrics.json").read_text(encoding="utf-8"))
+        self.assertEqual(written["settings"]["units"], count)  # of unknown patients each image stands for itself
+
+    def test_images_that_may_have_trained_the_model_are_said_to(self) -> None:
+        result = known_result(images(1, 1, 8, 8) / 9 - 0.3, 0.8)
+        for known in ({}, {"undivided": True}):
+            write(self.folder, result, ["a"], judge=judge, items=[{"image": 0, "name": "a", **known}])
+            written = json.loads((self.folder / "metrics.json").read_text(encoding="utf-8"))
+            page = (self.folder / "index.html").read_text(encoding="utf-8")
+            for text in (written["settings"].get("images", ""), page):
+                self.assertEqual("may have trained the model" in text, bool(known))
+
     def test_an_oracle_without_a_judge(self) -> None:
         with self.assertRaisesRegex(ValueError, "an oracle stands beside a judge, the model itself; got none"):
             CounterfactualWriter(self.folder, NAMES, oracle=judge)

@@ -35,6 +35,7 @@ from monai_jointdiff.metrics import (
     cout,
     flip_rate,
     frechet_distance,
+    grouped_wilson_interval,
     l1_distance,
     l2_distance,
     reached_target,
@@ -114,6 +115,39 @@ class TestWilsonInterval(unittest.TestCase):
                 wilson_interval(*wrong)
 
 
+class TestGroupedWilsonInterval(unittest.TestCase):
+    def assert_same(self, found, expected):
+        self.assertAlmostEqual(found.value, expected.value)
+        np.testing.assert_allclose([found.low, found.high], [expected.low, expected.high], atol=1e-12)
+
+    @parameterized.expand([(0, 12, 0.95), (12, 12, 0.95), (5, 12, 0.9), (1, 40, 0.95), (1, 1, 0.95)])
+    def test_known_designs(self, successes, count, confidence):
+        hits, expected = np.arange(count) < successes, wilson_interval(successes, count, confidence)
+        order = np.random.default_rng(0).permutation(count)
+        self.assert_same(grouped_wilson_interval(hits[order], order, confidence), expected)  # groups of one image
+        for size in (2, 7):  # the images of a group are copies of one: they are worth as much as that one
+            copies = grouped_wilson_interval(np.repeat(hits, size), np.repeat(np.arange(count), size), confidence)
+            self.assert_same(copies, expected)
+
+    def test_independent_images_are_worth_no_more_than_groups_and_no_less_than_their_design_effect(self):
+        hits, groups = np.tile([0, 1], 10), np.arange(20) // 2  # in each group one of two: no variance between groups
+        self.assert_same(grouped_wilson_interval(hits, groups), wilson_interval(5, 10))
+        # half of four groups of four hit 3 of 4, half 1 of 4: variance 4 * 1 / 256, design effect 1
+        self.assert_same(
+            grouped_wilson_interval([1, 1, 1, 0, 1, 1, 1, 0, 1, 0, 0, 0, 1, 0, 0, 0], np.arange(16) // 4),
+            wilson_interval(2, 4),
+        )
+        # 2 groups of 3 alike and 6 images: share 1/2, sums of squares 2 * 1.5^2 + 6 * 0.5^2 = 6, so 36 / 6 = 6 of 8
+        uneven = grouped_wilson_interval([1, 1, 1, 0, 0, 0, 1, 1, 1, 0, 0, 0], [0, 0, 0, 1, 1, 1, *range(2, 8)])
+        self.assert_same(uneven, wilson_interval(3, 6))
+
+    def test_no_image_and_wrong_input(self):
+        self.assertEqual(grouped_wilson_interval([], []), wilson_interval(0, 0))
+        for wrong in (([2], ["a"]), ([[1]], ["a"]), ([1], ["a"], 1.0), ([1], ["a", "b"]), ([1], None)):
+            with self.assertRaisesRegex(ValueError, "grouped_wilson_interval"):
+                grouped_wilson_interval(*wrong)
+
+
 class TestFlipRate(unittest.TestCase):
     def test_directions_of_two_classes(self):
         # to 1: two of three flip; to 0: one of two flips, one was 0 already
@@ -181,6 +215,26 @@ class TestFlipRate(unittest.TestCase):
         report = flip_rate(p, flipped, np.arange(20) % 2 + 1, groups=keys)
         self.assertEqual(report.directions["1"].rate, wilson_interval(10, 10))
         self.assertEqual(report.overall.rate.value, 0.5)
+
+    @parameterized.expand([(0.1, 0.0), (0.9, 1.0)])
+    def test_groups_that_all_do_the_same_prove_no_rate(self, after, rate):
+        before, after = two_classes(np.full(48, 0.1)), two_classes(np.full(48, after))
+        found = flip_rate(before, after, 1, groups=np.arange(48) // 4).overall.rate  # 12 patients
+        self.assertEqual(found, wilson_interval(int(12 * rate), 12))
+        self.assertGreater(found.high - found.low, 0.2)
+
+    @parameterized.expand([("images", 9, None), ("groups", 36, np.arange(36) // 4)])
+    def test_gains_of_fewer_than_ten_have_no_interval(self, kind, count, groups):
+        rng = np.random.default_rng(0)
+        before, after = two_classes(np.full(count, 0.1)), two_classes(rng.uniform(0.2, 0.8, count))
+        found = flip_rate(before, after, 1, groups=groups).overall
+        self.assertIsNone(found.gain.low)
+        self.assertRegex(found.gain.reason, f"9 {kind}.* are too few for an interval")
+        self.assertLess(found.rate.low, found.rate.high)  # which knows how few there are
+        more = np.arange(count + 4)
+        before, after = two_classes(np.full(len(more), 0.1)), two_classes(rng.uniform(0.2, 0.8, len(more)))
+        enough = flip_rate(before, after, 1, groups=None if groups is None else more // 4).overall
+        self.assertLess(enough.gain.low, enough.gain.high)
 
     def test_nothing_can_flip(self):
         report = flip_rate(two_classes([0.9, 0.8]), two_classes([0.9, 0.8]), 1)

@@ -82,21 +82,63 @@ class TestCounterfactualFigures(unittest.TestCase):
                 self.assertAlmostEqual(getattr(figures, name).value, function(*pair).mean(), places=6)
         self.assertAlmostEqual(found.to_reconstruction.sparsity.value, 5 / 6 * 0.5, places=6)
         self.assertAlmostEqual(found.composition.value, 0.01, places=6)
-        expected = localization_report((x_cf - x_fr)[asked], masks[asked], 0.05, bootstrap=50)
-        self.assertEqual(found.localization, expected)
+        expected = localization_report((x_cf - x_fr)[asked], masks[asked], 0.05, bootstrap=0)  # five masks are too few
+        self.assertEqual(found.localization, {"dark -> bright": expected})
         self.assertEqual((expected.iou.value, expected.pointing.value), (1, 1))
         json.dumps(found.as_dict(), allow_nan=False)
 
     def test_images_of_one_name_are_drawn_together(self) -> None:
-        parts = [part.repeat_interleave(4, 0) for part in run()]
-        x, x_fr, x_cf, masks = parts
+        x, x_fr, x_cf, masks = (part.repeat_interleave(8, 0) for part in run())
         alone = counterfactual_figures(x, x_fr, x_cf, 1, classify=by_mean, masks=masks)
-        groups = [str(n // 4) for n in range(28)]
+        groups = [str(n // 4) for n in range(56)]
         grouped = counterfactual_figures(x, x_fr, x_cf, 1, classify=by_mean, masks=masks, groups=groups)
         one, two = (figures.to_reconstruction.l1 for figures in (alone, grouped))
         self.assertAlmostEqual(one.value, two.value)
         self.assertAlmostEqual((two.high - two.low) / (one.high - one.low), 2, delta=0.4)
         self.assertEqual(grouped.settings["drawn"], "groups")
+
+    def test_fewer_than_ten_are_not_resampled(self) -> None:
+        parts = [part[:6].repeat_interleave(4, 0) for part in run()]
+        x, x_fr, x_cf, masks = parts
+        for patients, known in ((3, False), (24, True)):
+            groups = [f"patient {n % patients}" for n in range(24)]
+            found = counterfactual_figures(x, x_fr, x_cf, 1, classify=by_mean, masks=masks, groups=groups)
+            assert found.localization is not None
+            (localized,) = found.localization.values()
+            for interval in (found.to_input.l1, found.model.cout, found.composition, localized.auprc, localized.inside):
+                self.assertIsNotNone(interval.value)
+                self.assertEqual(interval.low is not None, known)
+            self.assertEqual(found.settings["units"], patients)
+        one = counterfactual_figures(x, x_fr, x_cf, 1, classify=by_mean, groups=["a"] * 24)
+        self.assertIn("1 groups of images are too few", one.composition.reason)
+
+    def test_change_is_located_in_each_direction_apart(self) -> None:
+        """Of four images that show finding 1 two lose it, where the mask is, and two get finding 2 elsewhere."""
+
+        def classify(images: torch.Tensor) -> torch.Tensor:
+            left, right = (images.flatten(1)[:, column].clamp(0, 1) for column in (0, 11))
+            return torch.softmax(20 * torch.stack([0.5 + 0 * left, left, 2 * right], 1), 1)
+
+        masks = torch.zeros(4, 1, 12, 12)
+        masks[..., :6] = 1
+        x = masks.clone()
+        x_cf = torch.stack([torch.zeros_like(x[0])] * 2 + [1 - masks[0]] * 2)
+        x_cf[2:] += masks[2:]
+        options = {"masks": masks, "class_names": ["normal", "opacity", "effusion"], "bootstrap": 0}
+        found = counterfactual_figures(x, x, x_cf, [0, 0, 2, 2], classify=classify, **options).localization
+        assert found is not None
+        self.assertEqual(
+            {name: report.count for name, report in found.items()}, {"opacity -> normal": 2, "opacity -> effusion": 2}
+        )
+        self.assertEqual([report.pointing.value for report in found.values()], [0.0, 1.0])
+        self.assertEqual(found["opacity -> normal"].iou.value, 1)
+        self.assertEqual(found["opacity -> effusion"].iou.value, 0)
+        labels = counterfactual_figures(
+            x, x, x_cf, [1, 1, 2, 2], [False, False, True, True], classify=classify, multi_label=True, **options
+        )
+        assert labels.localization is not None
+        self.assertEqual(set(labels.localization), {"remove opacity", "enforce effusion"})
+        self.assertIn("opacity -> normal", json.dumps({name: report.as_dict() for name, report in found.items()}))
 
     def test_labels_that_shall_go(self) -> None:
         x, x_fr, x_cf, _ = run()

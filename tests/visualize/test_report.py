@@ -220,7 +220,13 @@ class TestReport(unittest.TestCase):
         shown = [CounterfactualCase.of(known_result(x, 0.2), n, ["no", "yes"]) for n in range(2)]
         alone = counterfactual_figures(x, x, x + 0.9 * masks, 1, **options)
         page = check_self_contained(self, counterfactual_report(shown, figures=alone))
-        for part in ("proves nothing", "by the model itself: yes", "pointing game", f"{alone.to_input.l1.value:.3f}"):
+        for part in (
+            "proves nothing",
+            "by the model itself: yes",
+            "pointing game",
+            "no -> yes 1",
+            f"{alone.to_input.l1.value:.3f}",
+        ):
             self.assertIn(part, page.text)
         self.assertNotIn("by the oracle", page.text)
         single = counterfactual_figures(x[:1], x[:1], x[:1] + 0.9, 1, classify=judge, class_names=["no", "yes"])
