@@ -665,8 +665,8 @@ def tables(store: CellStore, half_distance: float) -> None:
         "ablation below); its timestep and probability were then chosen on 80 validation images of seed 1. Seeds 1 and "
         "2 of the test part had not been looked at with it.",
         f"`{CONDITION}` is led by the class condition, by a smaller network (channels {diffusion_classifier.CHANNELS}, "
-        "trained with the overlay train_conditional.json); nothing goes backward through it. Its settings were chosen on "
-        "80 validation images of seed 1, after fixed strengths of its rule had been seen on test images of seed 0.",
+        "trained with the overlay train_conditional.json); nothing goes backward through it. Its settings were chosen "
+        "on 80 validation images of seed 1, after fixed strengths of its rule had been seen on test images of seed 0.",
         f"Machines of the cells: {', '.join(joint_vs_single.machines(store))}; on each an oracle of its own, trained "
         f"by the same recipe. So was the network of seed 0: that of `{MAIN}` is not the one of the other rows.",
         f"The targets are those of {MAIN}, by the mean over seeds and by the worst seed.",
