@@ -31,8 +31,9 @@ from scipy.stats import binomtest, t
 from torch import nn
 
 from benchmarks import counterfactual, judges, localization
+from benchmarks import counterfactual_quality as quality
 from benchmarks import counterfactual_speed as speed
-from benchmarks.common import RESULTS, CellStore
+from benchmarks.common import RESULTS, Cell, CellStore
 from benchmarks.render import render_table
 from monai_jointdiff.networks import JointDiffusionUNet
 
@@ -383,6 +384,48 @@ class TestMapsWithoutGeneration(unittest.TestCase):
         self.assertLess(float(maps[0, 0, 8:, 8:].abs().max()), 1e-6)
         self.assertAlmostEqual(float(maps[0, 0, 3, 3]), float(maps[0].max()), places=5)
         self.assertLess(float(maps[1].abs().max()), 1e-6)  # covering it only makes class 0 more probable
+
+
+class Pixels:
+    """Features that are the pixels."""
+
+    def extract(self, values: np.ndarray) -> np.ndarray:
+        return values.reshape(len(values), -1)
+
+
+class TestQuality(unittest.TestCase):
+    def test_realism_is_nearest_where_the_images_are_of_the_class(self):
+        own, reference, floor = (images(40, 1, 2, 2, seed=seed) + far for seed, far in ((0, 5), (1, 0), (2, 0)))
+        shown = {"counterfactuals": own - 4.5, "floor": floor, quality.SOURCE: own}
+        found = quality.realism(shown, reference, own, {"pixels": Pixels()})
+        for kind in ("frechet", "kernel"):
+            near, between, far = (
+                found[f"{kind} of {name}, pixels"] for name in ("floor", "counterfactuals", quality.SOURCE)
+            )
+            self.assertTrue(near < between < far, (kind, near, between, far))
+        self.assertAlmostEqual(found["frechet of counterfactuals, pixels"], 4 * 0.5**2, delta=0.5)  # of the means
+        left = [
+            found[f"split frechet of {name} to the class left, pixels"] for name in ("counterfactuals", quality.SOURCE)
+        ]
+        self.assertGreater(left[0], 4 * 4.5**2 - 5)
+        self.assertLess(left[1], 1)
+
+    def test_the_result_is_that_of_the_cells(self):
+        committed = json.loads((RESULTS / "counterfactual_quality.json").read_text(encoding="utf-8"))
+        settings = {
+            "images": counterfactual.IMAGES,
+            "method": counterfactual.METHODS[counterfactual.MAIN],
+            "few": quality.FEW,
+        }
+        store = CellStore("counterfactual_quality", settings)
+        found = {
+            s: [v for n in range(3) if (v := store.get(Cell(counterfactual.DATA, s, n)))] for s in ("looks", "axioms")
+        }
+        with mock.patch.object(quality, "write_result") as write:
+            quality.table(found, committed["environment"])
+        (((_, _, rows), keywords),) = write.call_args_list
+        self.assertEqual(committed["notes"], keywords["notes"])
+        self.assertEqual(render_table({**committed, "rows": rows}), render_table(committed))
 
 
 class TestRelativeMaps(unittest.TestCase):

@@ -14,6 +14,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -143,10 +144,7 @@ class JointPrepareBatch(PrepareBatch):
         Raises:
             ValueError: if the batch lacks a key, or labels do not fit a class-conditional network.
         """
-
-        def move(tensor: Tensor, **options: Any) -> Tensor:
-            return tensor.to(device=device, non_blocking=non_blocking, **options)
-
+        move = partial(_move, device=device, non_blocking=non_blocking)
         if self.task == "classify":
             clean = self._encode(move(self._tensor(batchdata, self.clean_key), **kwargs))
             return PreparedBatch(clean, {"label": move(self._tensor(batchdata, "label"))}, (), {})
@@ -166,10 +164,7 @@ class JointPrepareBatch(PrepareBatch):
         self, batchdata: Mapping[str, Any], device: str | torch.device | None, non_blocking: bool, **kwargs: Any
     ) -> PreparedBatch:
         """What the denoising needs, without the images that the head sees and without their labels."""
-
-        def move(tensor: Tensor, **options: Any) -> Tensor:
-            return tensor.to(device=device, non_blocking=non_blocking, **options)
-
+        move = partial(_move, device=device, non_blocking=non_blocking)
         image = self._encode(move(self._tensor(batchdata, "image"), **kwargs))
         seeds = self.seeds(batchdata)
         drawn = [_draw(seed, image.shape[1:], self.scheduler.num_train_timesteps) for seed in seeds]
@@ -269,6 +264,10 @@ class _Draw(NamedTuple):
     noise: Tensor  # (C, *spatial) float32
     timestep: int  # in [0, T)
     uniform: float  # in [0, 1)
+
+
+def _move(tensor: Tensor, **options: Any) -> Tensor:
+    return tensor.to(**options)
 
 
 def _draw(seed: int, shape: torch.Size, num_train_timesteps: int) -> _Draw:

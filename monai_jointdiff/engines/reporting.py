@@ -49,8 +49,6 @@ from monai_jointdiff.visualize import (
 
 __all__ = ["ClassificationReporter", "choose_decision", "notes_on_patients", "resampling", "write_predictions_csv"]
 
-_FEWEST_PATIENTS = FEWEST_UNITS
-
 
 def choose_decision(predictions: Predictions, multi_label: bool, chosen_on: str) -> Decision:
     """Fix temperature and threshold on validation predictions.
@@ -135,7 +133,7 @@ def resampling(groups: Sequence[str] | None, bootstrap: int, seed: int) -> dict[
         `bootstrap`, `seed` and `groups` for the reports of `monai_jointdiff.metrics`; no resamples of fewer than ten
         patients, whose percentiles would promise too much.
     """
-    too_few = groups is not None and len(set(groups)) < _FEWEST_PATIENTS
+    too_few = groups is not None and len(set(groups)) < FEWEST_UNITS
     return {"bootstrap": 0 if too_few else bootstrap, "seed": seed, "groups": groups}
 
 
@@ -144,8 +142,8 @@ def notes_on_patients(groups: Sequence[str] | None) -> list[str]:
     if groups is None:
         return []
     count = len(set(groups))
-    if count < _FEWEST_PATIENTS:
-        return [f"{count} patients are too few for intervals (at least {_FEWEST_PATIENTS})"]
+    if count < FEWEST_UNITS:
+        return [f"{count} patients are too few for intervals (at least {FEWEST_UNITS})"]
     return [f"intervals are those of {count} resampled patients, whose images belong together"]
 
 
