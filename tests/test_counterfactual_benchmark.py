@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import json
 import math
@@ -33,8 +34,9 @@ from torch import nn
 from benchmarks import counterfactual, judges, localization
 from benchmarks import counterfactual_quality as quality
 from benchmarks import counterfactual_speed as speed
-from benchmarks.common import RESULTS, Cell, CellStore
+from benchmarks.common import RESULTS, ROOT, Cell, CellStore
 from benchmarks.render import render_table
+from monai_jointdiff.inferers import CounterfactualInferer
 from monai_jointdiff.networks import JointDiffusionUNet
 
 NORMAL, PNEUMONIA = counterfactual.DIRECTIONS
@@ -384,6 +386,17 @@ class TestMapsWithoutGeneration(unittest.TestCase):
         self.assertLess(float(maps[0, 0, 8:, 8:].abs().max()), 1e-6)
         self.assertAlmostEqual(float(maps[0, 0, 3, 3]), float(maps[0].max()), places=5)
         self.assertLess(float(maps[1].abs().max()), 1e-6)  # covering it only makes class 0 more probable
+
+
+class TestDefaults(unittest.TestCase):
+    @parameterized.expand([("brain_mri",), ("chest_xray",), ("skin_lesion",)])
+    def test_programs_and_inferer_take_what_was_measured(self, bundle):
+        measured = counterfactual.METHODS[counterfactual.MAIN]
+        file = ROOT / "bundles" / bundle / "configs" / "counterfactual.json"
+        options = json.loads(file.read_text(encoding="utf-8"))
+        inferer = inspect.signature(CounterfactualInferer).parameters
+        for name in ("timestep", "num_inference_steps", "inversion_iterations", "probability"):
+            self.assertEqual((options[name], inferer[name].default), (measured[name], measured[name]), name)
 
 
 class Pixels:
