@@ -30,9 +30,9 @@ from monai_jointdiff.engines.bundle import json_word, load_weights
 from monai_jointdiff.engines.description import ModelDescription
 from monai_jointdiff.engines.first_stage import weights_fingerprint
 from monai_jointdiff.engines.serving import (
+    UNDIVIDED,
     images_to_classify,
     load_trained,
-    reads_all_files,
     require_trained,
     space_of_model,
 )
@@ -159,7 +159,7 @@ def images_to_explain(
 ) -> list[dict[Hashable, Any]]:
     """Items to explain, of many images some that are evenly spread over their list.
 
-    Of a folder all files are taken, whatever part of the data they were in for a training; a line printed says so.
+    Where all images are taken, whatever part of the data they were in for a training, a line printed says so.
 
     Args:
         dataset_dir: as for :func:`~monai_jointdiff.engines.images_to_classify`.
@@ -168,17 +168,16 @@ def images_to_explain(
         options: as for :func:`~monai_jointdiff.engines.images_to_classify`.
 
     Returns:
-        items with `image`, `label` and `name`, where they are known `mask` and `patient`, and of files `undivided`,
-        True.
+        items as of :func:`~monai_jointdiff.engines.images_to_classify`.
 
     Raises:
         ValueError: when there is nothing to explain, or the limit is below 1.
     """
     items = spread(images_to_classify(dataset_dir, description, **options), limit)
-    if not reads_all_files(dataset_dir):
-        return items
-    print("All files are taken, whatever part of the data they were in: they may have trained the model.", flush=True)
-    return [{**item, "undivided": True} for item in items]
+    if any(UNDIVIDED in item for item in items):
+        words = "All images are taken, whatever part of the data they were in: they may have trained the model."
+        print(words, flush=True)
+    return items
 
 
 def spread(items: Sequence[_Item], limit: int | str | None, option: str = "--limit") -> list[_Item]:

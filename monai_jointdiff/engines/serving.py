@@ -56,6 +56,7 @@ __all__ = [
     "start_model",
 ]
 
+UNDIVIDED = "undivided"  # of an item: nobody said whether it is in the test part
 _OF_THE_MODEL = ("spatial_dims", "image_size", "class_names", "in_channels", "intensity", "multi_label")
 
 
@@ -249,15 +250,17 @@ def images_to_classify(
 
     Returns:
         items with `image`, `label` (missing, for files) and `name`, the path relative to the folder, for slices with
-        their number (`head.nii.gz#slice_077`); and where they are known `mask` and `patient`, of slices at least the
-        name of their volume.
+        their number (`head.nii.gz#slice_077`); where they are known `mask` and `patient`, of slices at least the name
+        of their volume; and `undivided`, True, where all images were taken, whatever part of the data they are in.
 
     Raises:
         ValueError: when there is nothing to classify.
     """
     if not reads_all_files(dataset_dir):
         source = source_of_model(description, dataset_dir, seed=seed, **options)
-        return list(source.part("test" if "test" in source.given_parts else "all"))
+        if "test" in source.given_parts:
+            return list(source.part("test"))
+        return [{**item, UNDIVIDED: True} for item in source.part("all")]
     path = Path(str(dataset_dir))
     given = {key: value for key, value in options.items() if value is not None}
     known = {**description.data.get("opened_with", {}), **given}
@@ -268,7 +271,7 @@ def images_to_classify(
         raise ValueError(f"images_to_classify: {path} holds no images (JPEG, PNG, DICOM, NIfTI, NRRD).")
     missing: Any = [-1.0] * len(description.class_names) if description.multi_label else -1
     return [
-        {"image": record.image, "label": missing, "name": record.name}
+        {"image": record.image, "label": missing, "name": record.name, UNDIVIDED: True}
         | ({} if record.mask is None else {"mask": record.mask})
         | ({} if record.patient is None else {"patient": record.patient})
         for record in records

@@ -50,7 +50,7 @@ __all__ = ["CounterfactualImages", "CounterfactualWriter", "read_counterfactual_
 
 _LONGEST_NAME = 80  # characters of a folder's name
 _LOOKED_AT = 256  # items of a data set among which the pictures of a training are chosen
-_UNDIVIDED = "all files, whatever part of the data they were in: they may have trained the model"
+_UNDIVIDED = "all images, whatever part of the data they were in: they may have trained the model"
 _SUFFIXES = re.compile(r"\.(nii\.gz|[A-Za-z0-9]{1,5})$")
 
 _WRITTEN = re.compile(r"((counterfactual|reconstruction|difference|region)(_channel\d+)?\.(png|nii\.gz)|record\.json)$")
@@ -93,7 +93,7 @@ class CounterfactualWriter:
         class_names: names in the order of the logits.
         items: the items of the data set before they were prepared, with `image` (a file, an array, or the number of a
             phantom) and `name`; None: arrays are written on the pixels of the network. Where they have `undivided`
-            (see :func:`~monai_jointdiff.engines.images_to_explain`), page and `metrics.json` say that they may have
+            (see :func:`~monai_jointdiff.engines.images_to_classify`), page and `metrics.json` say that they may have
             trained the model.
         multi_label: whether the classes are independent labels.
         title: of the page.
@@ -228,16 +228,15 @@ class CounterfactualWriter:
         values = torch.as_tensor(label)
         if values.ndim == 0:
             return self.class_names[int(values)] if values >= 0 else None
-        if bool((values < 0).all()):
-            return None
-        return ", ".join(name for name, value in zip(self.class_names, values, strict=True) if value == 1) or "none"
+        present = ", ".join(name for name, value in zip(self.class_names, values, strict=True) if value == 1)
+        return present or (None if bool((values < 0).any()) else "none")
 
     def _finish(self, engine: Engine) -> None:
+        atomic_write_text(self.output_dir / "counterfactuals.csv", self._table())  # before anything that may fail
         figures = self._figures()
         if figures is not None:
             content = {"oracle_id": self.oracle_id, **figures.as_dict()}
             atomic_write_text(self.output_dir / "metrics.json", json.dumps(content, indent=4) + "\n")
-        atomic_write_text(self.output_dir / "counterfactuals.csv", self._table())
         page = counterfactual_report(self.cases, self.title, self._settings, self._shown_names, figures)
         atomic_write_text(self.output_dir / "index.html", page)
 
@@ -443,9 +442,10 @@ def _unpack(packed: Mapping[str, Any]) -> torch.Tensor:
 
 def _settings_in_words(record: CounterfactualRecord) -> str:
     confined = "everywhere" if record.region is None else "within a region"
+    calls = f", at most {record.inversion_iterations} network calls a step" if record.encoding == "inversion" else ""
     return (
-        f"Rule: {record.rule}. Encoding: {record.encoding}, {record.inversion_iterations} network calls a step, up to "
-        f"timestep {record.timesteps[0]} in {len(record.timesteps)} steps. Change was allowed {confined}."
+        f"Rule: {record.rule}. Encoding: {record.encoding}{calls}, up to timestep {record.timesteps[0]}, and back in "
+        f"{len(record.timesteps)} steps. Change was allowed {confined}."
     )
 
 

@@ -45,6 +45,7 @@ ENCODINGS = ("inversion", "noise")
 _HEAD_RULES: dict[str, type[Guidance]] = {"classifier": ClassifierGuidance, "representation": RepresentationGuidance}
 _FIRST_SCALE = {"classifier": 3.0, "representation": 100.0, "class_free": 2.0}
 _GROWTH = 3.0  # of the strength while the answer is not reached
+_PATIENCE = 2  # larger strengths in a row that do not bring the answer closer, before smaller ones are tried
 _SAME_LEVEL = 1e-6  # relative difference of alpha_bar that single precision makes
 _SMOOTHING = 3  # pixels over which a difference is averaged before the region is drawn around it
 
@@ -57,7 +58,8 @@ class CounterfactualInferer(Inferer):
     2. Factual reconstruction: come back by DDIM without guidance.
     3. Counterfactual: come back by DDIM with a rule that leads toward the target. With ``probability`` each image gets
        the smallest strength, to within ``precision``, that makes the target as probable as asked for: 0, the factual
-       reconstruction itself, where that is enough.
+       reconstruction itself, where that is enough. The search takes it that the probability rises with the strength;
+       where it does not, smaller ones are tried, and in the end the one that came closest is taken.
     4. With ``region_fraction``, the part of the image that this changes most is kept as a region, and 3 is repeated
        with everything else held, at every step, on the path of the factual reconstruction. In latent space the decoded
        image outside the region is that of the reconstruction, too, since a decoder spreads a change over its
@@ -290,7 +292,7 @@ class CounterfactualInferer(Inferer):
         if self.probability is None:
             return torch.full((number,), self.scale, dtype=torch.float64)
         factual = question.probability(walk.probabilities_reconstruction).double().cpu()
-        search = _SmallestScale(factual >= self.probability, self.scale, self.precision)
+        search = _SmallestScale(factual, self.probability, self.scale, self.precision)
         for _ in range(self.max_trials):
             active = search.active
             if not bool(active.any()):
@@ -299,7 +301,7 @@ class CounterfactualInferer(Inferer):
             confined = None if region is None else region[some]
             sample = walk.descend(question.select(some), search.scale[active], confined, some)[-1]
             answers = walk.judge(walk.decode(sample, confined, some))
-            search.tell(question.select(some).probability(answers).double().cpu(), self.probability)
+            search.tell(question.select(some).probability(answers).double().cpu())
         return search.best
 
 
@@ -498,25 +500,32 @@ class _Walk:
 
 @dataclass
 class _SmallestScale:
-    """Search, for each image, of the smallest strength that reaches a probability: growth, then bisection of its log.
+    """Search, for each image, of the smallest strength that reaches a probability.
+
+    The strength grows until it does, then the logarithm is bisected. Where growth does not bring the answer closer,
+    since a strong pull can leave the images that the network knows, smaller strengths are tried.
 
     Args:
-        done: images that reach it without guidance, bool (N,): their strength is 0.
+        factual: probabilities without guidance, (N,). Where they reach the requested one the strength is 0.
+        probability: that is requested.
         first: strength to begin with.
         precision: ratio at which the search of an image ends.
     """
 
-    done: torch.Tensor
+    factual: torch.Tensor
+    probability: float
     first: float
     precision: float
 
     def __post_init__(self) -> None:
-        number = len(self.done)
+        number = len(self.factual)
         self.scale = torch.full((number,), self.first, dtype=torch.float64)
         self.lower = torch.zeros(number, dtype=torch.float64)
-        self.upper = torch.full((number,), math.inf, dtype=torch.float64).masked_fill(self.done, 0.0)
-        self.highest = torch.full((number,), -1.0, dtype=torch.float64)  # probability so far
-        self.most_probable = self.scale.clone()  # where it was
+        done = self.factual >= self.probability
+        self.upper = torch.full((number,), math.inf, dtype=torch.float64).masked_fill(done, 0.0)
+        self.highest = self.factual.clone()  # probability so far
+        self.most_probable = torch.zeros(number, dtype=torch.float64)  # where it was
+        self.stalled = torch.zeros(number, dtype=torch.long)  # strengths in a row that did not raise it
 
     @property
     def active(self) -> torch.Tensor:
@@ -525,21 +534,26 @@ class _SmallestScale:
 
     @property
     def best(self) -> torch.Tensor:
-        """Smallest strength known to reach the probability; where none does, the one that came closest."""
+        """Smallest strength known to reach the probability; where none does, the one that came closest, maybe 0."""
         return torch.where(self.upper.isfinite(), self.upper, self.most_probable)
 
-    def tell(self, answers: torch.Tensor, probability: float) -> None:
+    def tell(self, answers: torch.Tensor) -> None:
         """Narrow the brackets by the probabilities of the active images at their present strengths."""
-        active = self.active
+        active, bracketed, growing = self.active, self.upper.isfinite(), self.stalled < _PATIENCE
         answer = torch.full_like(self.scale, -1.0).masked_scatter(active, answers)
         better = active & (answer > self.highest)
         self.highest = torch.where(better, answer, self.highest)
         self.most_probable = torch.where(better, self.scale, self.most_probable)
-        self.upper = torch.where(active & (answer >= probability), self.scale, self.upper)
-        self.lower = torch.where(active & (answer < probability), self.scale, self.lower)
+        self.stalled = torch.where(better & growing, 0, self.stalled + (active & ~better & ~bracketed))
+        self.upper = torch.where(active & (answer >= self.probability), self.scale, self.upper)
+        self.lower = torch.where(active & (answer < self.probability), self.scale, self.lower)
+        falling = ~self.upper.isfinite() & (self.stalled >= _PATIENCE)
+        # strengths that were too large say nothing of how small one may be
+        self.lower = torch.where(falling | (self.lower > self.upper), 0.0, self.lower)
         middle = torch.where(self.lower > 0, (self.lower * self.upper).sqrt(), self.upper / _GROWTH)
-        following = torch.where(self.upper.isfinite(), middle, self.scale * _GROWTH)
-        self.scale = torch.where(self.active, following, self.scale)
+        smaller = torch.where(growing, self.first, self.scale) / _GROWTH
+        following = torch.where(falling, smaller, self.scale * _GROWTH)
+        self.scale = torch.where(self.active, torch.where(self.upper.isfinite(), middle, following), self.scale)
 
 
 def most_changed(difference: torch.Tensor, fraction: float) -> torch.Tensor:
@@ -554,7 +568,8 @@ def most_changed(difference: torch.Tensor, fraction: float) -> torch.Tensor:
     """
     spatial_dims = difference.ndim - 2
     pool = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}[spatial_dims]
-    amount = pool(difference.abs().mean(dim=1, keepdim=True), _SMOOTHING, stride=1, padding=_SMOOTHING // 2)
+    changed = difference.abs().mean(dim=1, keepdim=True)
+    amount = pool(changed, _SMOOTHING, stride=1, padding=_SMOOTHING // 2, count_include_pad=False)
     flat = amount.flatten(1)
     count = max(1, round(fraction * flat.shape[1]))
     threshold = flat.topk(count, dim=1).values[:, -1]

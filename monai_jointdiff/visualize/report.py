@@ -303,7 +303,7 @@ def _measured(figures: CounterfactualFigures) -> str:
             oracle + _judgement(judge, figures.model),
         ),
         _table(
-            "Size of the change, means over all cases",
+            "Size of the change, means over the same cases",
             ("counterfactual", "L1", "L2", "SSIM", "share of pixels changed"),
             distances,
         ),
@@ -383,6 +383,7 @@ _STATES = {"reached": "target reached", "missed": "not reached", "already": "ans
 def _card(number: int, cases: Sequence[CounterfactualCase]) -> str:
     """One image."""
     first = cases[0]
+    confidence = min(case.confidence for case in cases)  # of several labels each has its own
     name = escape(first.name or f"image {number}")
     badges = "".join(_badge(case, len(cases) > 1) for case in cases)
     truth = "" if first.label is None else f" <span class='soft'>(true: {escape(first.label)})</span>"
@@ -402,7 +403,7 @@ def _card(number: int, cases: Sequence[CounterfactualCase]) -> str:
         for text in case.cautions
     ]
     warning = f'<ul class="cautions">{"".join(f"<li>{text}</li>" for text in texts)}</ul>' if texts else ""
-    return f"""<li class="case" data-number="{number}" data-name="{name}" data-confidence="{first.confidence:.6f}" \
+    return f"""<li class="case" data-number="{number}" data-name="{name}" data-confidence="{confidence:.6f}" \
 data-change="{min(case.l1_reconstruction for case in cases):.6f}">
 <div class="head"><h3>{name}{_slice_in_words(first)}</h3><span class="badges">{badges}</span></div>
 <p class="verdict">{verdict}</p>

@@ -19,6 +19,7 @@ import json
 import os
 import tempfile
 import unittest
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -229,7 +230,12 @@ class TestTableAndPage(unittest.TestCase):
         self.assertEqual(len(writer.cases), 1)
         page = check_self_contained(self, (self.folder / "index.html").read_text(encoding="utf-8"))
         self.assertEqual(len(page.all("img")), 4)
-        for part in ("<a>.png", "Rule: classifier", "Encoding: inversion, 2 network calls a step", "timestep 300"):
+        for part in (
+            "<a>.png",
+            "Rule: classifier",
+            "Encoding: inversion, at most 2 network calls a step,",
+            "timestep 300",
+        ):
             self.assertIn(part, page.text)
         for file in self.folder.rglob("*"):
             if file.is_file():
@@ -239,12 +245,24 @@ class TestTableAndPage(unittest.TestCase):
         mask = torch.zeros(1, 1, 8, 8, dtype=torch.bool)
         mask[..., 2:4, 2:4] = True
         result = known_result(images(1, 1, 8, 8), 0.2, enforce=False)
-        for label, expected in (([1.0, 1.0], "normal, effusion"), ([0.0, 0.0], "none"), ([-1.0, -1.0], None)):
+        for label, expected in (
+            ([1.0, 1.0], "normal, effusion"),
+            ([0.0, 0.0], "none"),
+            ([-1.0, -1.0], None),
+            ([1.0, -1.0], "normal"),
+            ([0.0, -1.0], None),  # the other one may be there
+        ):
             more = {"label": torch.tensor([label]), "mask": mask}
             writer = write(self.folder, result, ["a"], multi_label=True, more=more)
             self.assertEqual(writer.cases[0][0].label, expected)
             self.assertTrue(writer.cases[0][0].tiles.has_finding)
             self.assertEqual(writer.cases[0][0].wanted, "effusion: no")
+
+    def test_added_noise_calls_no_network(self) -> None:
+        result = known_result(images(1, 1, 8, 8), 0.2)
+        write(self.folder, replace(result, record=replace(result.record, encoding="noise")), ["a"])
+        page = (self.folder / "index.html").read_text(encoding="utf-8")
+        self.assertIn("Encoding: noise, up to timestep 300", page)
 
 
 class TestTargets(unittest.TestCase):
@@ -355,6 +373,18 @@ class TestFigures(unittest.TestCase):
             page = (self.folder / "index.html").read_text(encoding="utf-8")
             for text in (written["settings"].get("images", ""), page):
                 self.assertEqual("may have trained the model" in text, bool(known))
+
+    def test_the_table_outlives_figures_that_fail(self) -> None:
+        sizes = []
+
+        def tired(images: torch.Tensor) -> torch.Tensor:
+            sizes.append(len(images))
+            raise RuntimeError("out of memory")
+
+        with self.assertRaisesRegex(RuntimeError, "out of memory"):
+            write(self.folder, known_result(images(3, 1, 8, 8), 0.2), ["a", "b", "c"], judge=tired, batch_size=2)
+        self.assertEqual(len(rows(self.folder / "counterfactuals.csv")), 3)
+        self.assertLessEqual(max(sizes), 2)
 
     def test_an_oracle_without_a_judge(self) -> None:
         with self.assertRaisesRegex(ValueError, "an oracle stands beside a judge, the model itself; got none"):

@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import json
 import unittest
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from monai.data import MetaTensor
 from parameterized import parameterized
@@ -28,7 +30,7 @@ from monai_jointdiff.inferers import (
     CounterfactualRecord,
     JointDiffusionInferer,
 )
-from monai_jointdiff.inferers.counterfactual import most_changed
+from monai_jointdiff.inferers.counterfactual import _SmallestScale, most_changed
 from monai_jointdiff.networks import JointDiffusionUNet
 from monai_jointdiff.schedulers import AncestralScheduler, DDIMGridScheduler
 from tests.inferers.autoencoders import HalvingAutoencoder
@@ -194,6 +196,44 @@ class TestClosedForm(unittest.TestCase):
         result = inferer(images, network, target=1)
         self.assertFalse(bool(result.reached.any()))
         self.assertEqual(result.record.scale, (3e-6,) * 3)  # the one that came closest: the larger of the two
+
+
+class TestSearch(unittest.TestCase):
+    """Of strengths whose probabilities are known curves."""
+
+    @staticmethod
+    def search(*curves: Callable[[float], float], max_trials: int = 8) -> tuple[list[float], list[float]]:
+        """Strengths, and all that were tried for the first curve."""
+        factual = torch.tensor([curve(0.0) for curve in curves], dtype=torch.float64)
+        found, tried = _SmallestScale(factual, 0.9, 3.0, 1.5), []
+        for _ in range(max_trials):
+            active = found.active
+            if not bool(active.any()):
+                break
+            tried += [float(found.scale[0])] * bool(active[0])
+            answers = [curve(float(s)) for curve, s, on in zip(curves, found.scale, active, strict=True) if on]
+            found.tell(torch.tensor(answers, dtype=torch.float64))
+        return found.best.tolist(), tried
+
+    def test_rising_probabilities_each_for_itself(self) -> None:
+        (low, high, done), tried = self.search(lambda s: s / (s + 4), lambda s: s / (s + 0.01), lambda s: 0.95)
+        self.assertTrue(36 <= low <= 36 * 1.5 and 0.09 <= high <= 0.09 * 1.5, (low, high))
+        self.assertEqual(done, 0.0)
+        self.assertEqual(tried[:4], [3.0, 9.0, 27.0, 81.0])
+
+    def test_a_pause_does_not_end_the_growth(self) -> None:
+        (found,), _ = self.search(lambda s: 0.95 if s > 20 else 0.3 if s > 5 else 0.1 + s / 10)
+        self.assertTrue(20 < found <= 30, found)
+
+    def test_smaller_ones_where_larger_ones_lead_away(self) -> None:
+        (found,), tried = self.search(lambda s: 0.1 if s == 0 else 0.98 if 0.2 <= s <= 1.5 else 0.05)
+        self.assertTrue(0.2 <= found <= 0.2 * 1.5, (found, tried))
+        self.assertEqual(tried[:3], [3.0, 9.0, 1.0])
+
+    def test_nothing_is_done_where_nothing_helps(self) -> None:
+        found, tried = self.search(lambda s: 0.6 if s == 0 else 0.3, lambda s: 0.6 if s == 0 else 0.7 - abs(s - 9) / 50)
+        self.assertEqual(found, [0.0, 9.0])
+        np.testing.assert_allclose(tried, [3 / 3**n for n in (0, -1, 1, 2, 3, 4, 5, 6)])
 
 
 class TestChains(unittest.TestCase):
@@ -510,6 +550,12 @@ class TestRegion(unittest.TestCase):
         difference[inside] = -1.0
         region = most_changed(difference, 1 / 9**spatial_dims)
         self.assertEqual(region.nonzero().tolist(), [[0, 0, *[4] * spatial_dims]])  # smoothed: the centre
+
+    def test_a_border_counts_as_much_as_the_middle(self) -> None:
+        difference = torch.zeros(1, 1, 10, 10)
+        difference[..., 0], difference[..., 4:7] = 1.0, 0.7
+        region = most_changed(difference, 0.2)
+        self.assertEqual(region[0, 0].all(0).nonzero().flatten().tolist(), [0, 5])  # 1/2 and 0.7; then 0.7 * 2/3
 
 
 class TestWrongInput(unittest.TestCase):

@@ -207,6 +207,14 @@ class TestReport(unittest.TestCase):
             self.assertIn(part, page.text)
         self.assertEqual(page.text.count("\u22120.40"), 4)  # one scale of colors for both targets
 
+    def test_certain_of_every_label(self) -> None:
+        """Of several labels a card is as certain as the least certain answer on it."""
+        p, image = [[0.99, 0.45]], np.zeros((1, 1, 8, 8))
+        results = [known_result(image, 0.2, p, [[0.5, 0.5]], target=k) for k in (0, 1)]
+        cases = [CounterfactualCase.of_targets(results, 0, ["a", "b"], name="x", multi_label=True)]
+        (card,) = [a for a in check_self_contained(self, counterfactual_report(cases)).all("li") if "class" in a]
+        self.assertAlmostEqual(float(card["data-confidence"] or 0), 0.55, places=5)
+
     def test_figures_of_the_run(self) -> None:
         x = torch.linspace(-0.5, 0.5, 2 * 64).reshape(2, 1, 8, 8)
 
@@ -223,6 +231,7 @@ class TestReport(unittest.TestCase):
         for part in (
             "proves nothing",
             "by the model itself: yes",
+            "means over the same cases",
             "pointing game",
             "no -> yes 1",
             f"{alone.to_input.l1.value:.3f}",
