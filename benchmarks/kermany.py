@@ -43,11 +43,12 @@ NETWORK = {  # four levels instead of three: attention at 8 x 8 as for 32 pixels
 PROBE = 1  # epochs of the CNN from which the number that fits into the time is found
 
 
-def joint(work: Path, minutes: float) -> dict[str, Any]:
+def joint(work: Path, minutes: float, seed: int = 0) -> dict[str, Any]:
     """Train the bundle; the figures of its table."""
     dataset = Path(os.environ["JOINTDIFF_DATA"]) / f"{DATA}.npz"
     options = {
         "dataset_dir": dataset,
+        "seed": seed,
         "epochs": EPOCHS,
         "max_minutes": minutes,
         "num_samples": 100,

@@ -68,15 +68,12 @@ class TestNetworks(TemporaryFolder):
             (_, _, options), _ = trainings.call_args
             self.assertEqual((options["channels"], options["epochs"], options["seed"]), (self.LARGE, 6, 1))
 
-    @parameterized.expand(
-        [("phantoms", LARGE, 5), *((data, [16, 32, 64], 15) for data in (localization.BRAIN, "busi_64"))]
-    )
+    @parameterized.expand([("phantoms", 10, None), (localization.BRAIN, 40, [32, 32]), ("busi_64", 40, [32, 32])])
     @mock.patch.object(localization, "train_bundle")
-    def test_localization(self, data, channels, epochs, trainings):
-        localization.train(Cell(data, "maps", 0), None, self.folder, quick=False)
+    def test_localization(self, data, epochs, image_size, trainings):
+        localization.train(Cell(data, "maps", 2), None, self.folder, quick=False)
         (_, _, options), _ = trainings.call_args
-        self.assertEqual(options.get("network_def#channels", options["channels"]), channels)
-        self.assertEqual(options["epochs"], epochs)
+        self.assertEqual((options["seed"], options.get("epochs"), options.get("image_size")), (2, epochs, image_size))
 
     def test_measured_cells_are_still_known(self):
         stores = localization.stores_in(common.RESULTS / "cells")

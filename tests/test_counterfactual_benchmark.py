@@ -32,12 +32,14 @@ from scipy.stats import binomtest, t
 from torch import nn
 
 from benchmarks import counterfactual, judges, localization
+from benchmarks import counterfactual_kermany as again
 from benchmarks import counterfactual_quality as quality
 from benchmarks import counterfactual_speed as speed
 from benchmarks.common import RESULTS, ROOT, Cell, CellStore
 from benchmarks.render import render_table
 from monai_jointdiff.inferers import CounterfactualInferer
 from monai_jointdiff.networks import JointDiffusionUNet
+from monai_jointdiff.schedulers import DDIMGridScheduler
 
 NORMAL, PNEUMONIA = counterfactual.DIRECTIONS
 
@@ -115,11 +117,9 @@ class TestIntervals(unittest.TestCase):
         self.assertAlmostEqual(found["low"], expected.low, places=9)
         self.assertAlmostEqual(found["high"], expected.high, places=9)
 
-    def test_equal_seeds_are_more_images(self):
-        found = counterfactual.share_interval([0.9, 0.9, 0.9], 100)
-        expected = binomtest(270, 300).proportion_ci(method="wilson")
-        self.assertAlmostEqual(found["low"], expected.low, places=9)
-        self.assertEqual(found["n"], 3)
+    def test_equal_seeds_are_no_more_images(self):  # they are asked of the same ones
+        found, alone = (counterfactual.share_interval([0.9] * seeds, 100) for seeds in (3, 1))
+        self.assertEqual((found["low"], found["high"], found["n"]), (alone["low"], alone["high"], 3))
 
     def test_spread_of_the_seeds_counts_as_fewer_images(self):
         shares = [0.93, 0.84, 0.94]
@@ -441,16 +441,69 @@ class TestQuality(unittest.TestCase):
         self.assertEqual(render_table({**committed, "rows": rows}), render_table(committed))
 
 
+class TestAnotherDataSet(unittest.TestCase):
+    """The cells of kermany_cxr_64 are measured like those of PneumoniaMNIST."""
+
+    def test_options_are_those_of_the_other_data(self):
+        for name, options in again.METHODS.items():
+            other = counterfactual.METHODS[name]
+            self.assertEqual(
+                {k for k in options if options[k] != other[k]}, set() if name == again.MAIN else {"timestep"}
+            )
+        levels = [
+            float(DDIMGridScheduler(schedule="shifted_logsnr", noise_d=64, image_d=size).alphas_cumprod[t])
+            for size, t in (
+                (64, again.METHODS[again.CONDITION]["timestep"]),
+                (28, counterfactual.METHODS[again.CONDITION]["timestep"]),
+            )
+        ]
+        self.assertAlmostEqual(*levels, delta=0.002)
+
+    @mock.patch.dict("os.environ", JOINTDIFF_DATA="/data")
+    @mock.patch.object(again, "load")
+    @mock.patch.object(again.kermany, "train_bundle")
+    @mock.patch.object(again, "train_bundle")
+    def test_trains_what_is_missing(self, conditional, joint, load):
+        with tempfile.TemporaryDirectory() as name:
+            work = Path(name)
+            again.get_network(again.CONDITION, 2, work)
+            (files, place, options), _ = conditional.call_args
+            self.assertEqual(files, ["chest_xray/train.json", "chest_xray/train_conditional.json"])
+            self.assertEqual((options["seed"], str(options["dataset_dir"])), (2, "/data/kermany_cxr_64.npz"))
+            load.assert_called_with(place)
+            joint.side_effect = RuntimeError("trained")
+            for seed in (0, 1):
+                with self.assertRaisesRegex(RuntimeError, "trained"):
+                    again.get_network(again.MAIN, seed, work)
+                self.assertEqual(joint.call_args[0][2]["seed"], seed)
+            done = work / "kermany" / "output"
+            done.mkdir(parents=True)
+            (done / "summary.json").write_text("{}", encoding="utf-8")
+            again.get_network(again.MAIN, 0, work)
+            load.assert_called_with(work / "kermany")
+
+    def test_the_result_is_that_of_the_cells(self):
+        committed = json.loads((RESULTS / "counterfactual_kermany.json").read_text(encoding="utf-8"))
+        with mock.patch.object(again, "write_result") as write:
+            again.tables(again.store_in(RESULTS / "cells"))
+        (((_, _, rows), keywords),) = write.call_args_list
+        self.assertEqual(committed["notes"], keywords["notes"])
+        self.assertEqual(committed["targets"], [asdict(target) for target in keywords["targets"]])
+        self.assertEqual(render_table({**committed, "rows": rows}), render_table(committed))
+        self.assertTrue(all("kermany" in target["figure"] for target in committed["targets"]))
+
+
 class TestRelativeMaps(unittest.TestCase):
     def test_relative_maps(self):
-        maps = torch.zeros(3, 1, 8, 8)
-        maps[0, 0, 4, 4], maps[1, 0, 0, 0] = 9.0, 0.02
+        maps = torch.zeros(3, 1, 16, 16)
+        maps[0, 0, 8, 8], maps[1, 0, 0, 0] = 9.0, 0.02
         found = localization.relative(maps)
-        expected = torch.zeros(8, 8)
-        expected[3:6, 3:6] = 1.0
+        expected = torch.zeros(16, 16)
+        expected[6:11, 6:11] = 16 / 5  # 25 equal ones among 256: their root mean square is 5/16 of them
         torch.testing.assert_close(found[0, 0], expected)
-        self.assertAlmostEqual(float(found[1, 0, 0, 0]), 1.0)  # of four pixels, its neighbours of six or nine
-        self.assertAlmostEqual(float(found[1, 0, 1, 1]), 4 / 9, places=6)
+        self.assertAlmostEqual(float(found[1].square().mean()), 1.0, places=6)
+        ratio = float(found[1, 0, 0, 0] / found[1, 0, 2, 2])
+        self.assertAlmostEqual(ratio, 25 / 9, places=5)  # averaged over nine pixels within the image, and over 25
         self.assertEqual(float(found[2].abs().max()), 0)
         torch.testing.assert_close(localization.relative(100 * maps), found)
 
