@@ -386,7 +386,7 @@ def tables(stores: Mapping[str, CellStore]) -> None:
         + ", ".join(f"{key} {value}" for key, value in INFERER.items())
         + ". At most "
         + ", ".join(f"{study.count} images of a part ({data})" for data, study in STUDIES.items())
-        + ".",
+        + ". Regions were drawn when pixels beyond the border counted as unchanged, which kept them off it.",
     ]
     if rows:
         measured = next(iter(stores.values())).records()[0]["environment"]  # not that of a later rendering
