@@ -635,10 +635,20 @@ def write_oracle(rows: Sequence[Mapping[str, Any]], environment: Mapping[str, An
     write_result("counterfactual_oracle", "The oracles", rows, targets=asked, notes=about, environment=environment)
 
 
-def cell_of(store: CellStore, method: str, seed: int) -> dict[str, Any] | None:
-    """The values of a cell; one that was measured with other options than the method has now is refused."""
-    values = store.get(Cell(DATA, method, seed))
-    options = {**METHODS, **ABLATION, **RULES}[method]
+def cell_of(
+    store: CellStore, method: str, seed: int, data: str = DATA, methods: Mapping[str, Any] | None = None
+) -> dict[str, Any] | None:
+    """The values of a cell; one that was measured with other options than the method has now is refused.
+
+    Args:
+        store: where the cells are.
+        method: name of the method.
+        seed: of the cell.
+        data: name of the data set.
+        methods: options of each method; None: those of this benchmark.
+    """
+    values = store.get(Cell(data, method, seed))
+    options = ({**METHODS, **ABLATION, **RULES} if methods is None else methods)[method]
     if values is not None and values["options"] != options:
         raise ValueError(f"{method}, seed {seed}, was measured with {values['options']}, the method has {options}.")
     return values

@@ -256,7 +256,7 @@ def images_to_classify(
     Raises:
         ValueError: when there is nothing to classify.
     """
-    if not reads_all_files(dataset_dir):
+    if not _reads_all_files(dataset_dir):
         source = source_of_model(description, dataset_dir, seed=seed, **options)
         if "test" in source.given_parts:
             return list(source.part("test"))
@@ -278,7 +278,7 @@ def images_to_classify(
     ]
 
 
-def reads_all_files(dataset_dir: str | int | None) -> bool:
+def _reads_all_files(dataset_dir: str | int | None) -> bool:
     """Whether :func:`images_to_classify` takes all image files, without asking which part of the data they are in.
 
     Args:
