@@ -106,6 +106,12 @@ class TestPrograms(unittest.TestCase):
         self.assertIn("check_channels", one)
         self.assertEqual(several, one)
 
+    @parameterized.expand(NAMES)
+    def test_judges_of_counterfactuals_take_batches_of_the_size_asked_for(self, _: str, bundle: Path) -> None:
+        handlers = content(bundle / "configs" / "counterfactual.json")["handlers"]
+        (writer,) = (one for one in handlers if one["_target_"].endswith("CounterfactualWriter"))
+        self.assertEqual(writer["batch_size"], "@batch_size")
+
     def test_a_switch_that_is_off(self) -> None:
         parser = monai.bundle.ConfigParser(content(BUNDLES[0] / "configs" / "train.json"))
         parser["progress"] = "false"
