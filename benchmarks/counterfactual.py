@@ -252,6 +252,12 @@ def controls(network: nn.Module, result: CounterfactualResult, target: Tensor, l
 # ---- one cell --------------------------------------------------------------------------------------------------------
 
 
+def of_both_classes(images: Tensor, labels: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The first images of each class and their labels, `count` of each where there are so many; normal ones first."""
+    index = torch.cat([torch.nonzero(labels == label)[:count, 0] for label in (0, 1)])
+    return images[index], labels[index]
+
+
 class Court:
     """The test images that the model and both oracles classify rightly, and who judges them.
 
@@ -285,9 +291,7 @@ class Court:
     def trial(self, *networks: Classify) -> tuple[Tensor, Tensor]:
         """Images and labels that all get right; `count` of each class where there are so many."""
         right = torch.stack([*self.right.values(), *map(self.is_right, networks)]).all(0)
-        chosen = [torch.nonzero(right & (self.labels == label))[: self.count, 0] for label in (0, 1)]
-        index = torch.cat(chosen)
-        return self.images[index], self.labels[index]
+        return of_both_classes(self.images[right], self.labels[right], self.count)
 
     def about_oracles(self) -> list[dict[str, Any]]:
         """How good the oracles are, and how often changes of half the distance of two images flip them."""

@@ -275,13 +275,11 @@ class CounterfactualTargets(Inferer):
 
     Args:
         inferer: makes the counterfactuals.
-        num_labels: of a network of several labels their number K; None: classes exclude each other.
     """
 
-    def __init__(self, inferer: CounterfactualInferer, num_labels: int | None = None) -> None:
+    def __init__(self, inferer: CounterfactualInferer) -> None:
         super().__init__()
         self.inferer = inferer
-        self.num_labels = num_labels
 
     def __call__(  # type: ignore[override]
         self,
@@ -296,8 +294,8 @@ class CounterfactualTargets(Inferer):
         Args:
             inputs: images (N, C, *spatial) in [-1, 1].
             network: the joint network.
-            target: as for the inferer, the same for all images; or `"all"`: of each image every class other than the
-                predicted one, the most probable first; of a network of several labels every label in turn.
+            target: as for the inferer, the same for all images; or `"all"`: as its
+                :py:meth:`~monai_jointdiff.inferers.CounterfactualInferer.every_answer`.
             enforce: as for the inferer.
             keywords: further arguments of the inferer, such as the seed: the same for all targets.
 
@@ -311,19 +309,7 @@ class CounterfactualTargets(Inferer):
             return (self.inferer(inputs, network, target, enforce, **keywords),)
         if target != ALL:
             raise ValueError(f"CounterfactualTargets: target must be an index, None or {ALL!r}, got {target!r}.")
-        if self.num_labels is not None:
-            return tuple(self.inferer(inputs, network, k, enforce, **keywords) for k in range(self.num_labels))
-        one = self.inferer(inputs, network, None, True, **keywords)
-        return (one, *(self.inferer(inputs, network, other, True, **keywords) for other in _other_classes(one)))
-
-
-def _other_classes(one: CounterfactualResult) -> list[list[int]]:
-    """Of each image the classes that are neither predicted nor the target, the most probable first, (K - 2, N)."""
-    p = one.probabilities
-    done = torch.stack([p.argmax(1), torch.tensor(one.record.target, device=p.device)], dim=1)
-    order = p.scatter(1, done, 2.0).argsort(dim=1, descending=True, stable=True)[:, 2:]
-    found: list[list[int]] = order.T.tolist()
-    return found
+        return self.inferer.every_answer(inputs, network, enforce, **keywords)
 
 
 class HeadJudge:

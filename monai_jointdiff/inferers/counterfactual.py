@@ -204,12 +204,38 @@ class CounterfactualInferer(Inferer):
         """
         with self._walk(inputs, network, seed, progress, callback) as walk:
             question = CounterfactualQuestion.of(walk.probabilities, target, enforce, walk.denoiser.multi_label)
-            scale, region = self._strength(walk, question, None), None
-            if self.region_fraction is not None:
-                difference = walk.guided(question, scale) - walk.factual[-1]
-                region = most_changed(difference, self.region_fraction) & walk.each(scale > 0)
-                scale = self._strength(walk, question, region)
-            return walk.result(question, scale, region)
+            return self._answer(walk, question)
+
+    def every_answer(
+        self,
+        inputs: torch.Tensor,
+        network: nn.Module,
+        enforce: bool | None = True,
+        *,
+        seed: int | Sequence[int] = 0,
+        progress: bool = False,
+        callback: Callable[[int, torch.Tensor], None] | None = None,
+    ) -> tuple[CounterfactualResult, ...]:
+        """Makes counterfactuals of each image toward all other answers, from one encoding, so that they compare.
+
+        Args:
+            inputs: images (N, C, *spatial) in [-1, 1].
+            network: the joint network; its mode is restored.
+            enforce: multi-label: True makes each label present in turn, False absent, None the opposite of what it is.
+            seed: of the noise, as for a call.
+            progress: show a progress bar.
+            callback: as for a call.
+
+        Returns:
+            One result an answer. Multi-class: K - 1, of each image the classes other than the predicted one, the most
+            probable first. Multi-label: K, the labels in turn. Each is what a call with its targets gives.
+
+        Raises:
+            ValueError, TypeError, RuntimeError: as a call; and when classes that exclude each other are to be absent.
+        """
+        with self._walk(inputs, network, seed, progress, callback) as walk:
+            questions = CounterfactualQuestion.every(walk.probabilities, enforce, walk.denoiser.multi_label)
+            return tuple(self._answer(walk, question, len(questions)) for question in questions)
 
     def replay(self, inputs: torch.Tensor, network: nn.Module, record: CounterfactualRecord) -> CounterfactualResult:
         """Makes the counterfactuals of a batch again.
@@ -286,6 +312,15 @@ class CounterfactualInferer(Inferer):
         with torch.no_grad(), evaluation_mode(without_ddp(network)), steps as bar:
             yield _Walk(self, inputs, network, seed, bar, callback)
 
+    def _answer(self, walk: _Walk, question: CounterfactualQuestion, sharing: int = 1) -> CounterfactualResult:
+        """The counterfactuals of a question, one of so many that share the encoding."""
+        scale, region = self._strength(walk, question, None), None
+        if self.region_fraction is not None:
+            difference = walk.guided(question, scale) - walk.factual[-1]
+            region = most_changed(difference, self.region_fraction) & walk.each(scale > 0)
+            scale = self._strength(walk, question, region)
+        return walk.result(question, scale, region, sharing)
+
     def _strength(self, walk: _Walk, question: CounterfactualQuestion, region: torch.Tensor | None) -> torch.Tensor:
         """The strength of each image, (N,)."""
         number = len(walk.latents)
@@ -303,6 +338,21 @@ class CounterfactualInferer(Inferer):
             answers = walk.judge(walk.decode(sample, confined, some))
             search.tell(question.select(some).probability(answers).double().cpu())
         return search.best
+
+
+@dataclass(frozen=True)
+class _Cost:
+    """What has been spent on a batch: evaluations of the network, and seconds."""
+
+    evaluations: float
+    seconds: float
+
+    def __sub__(self, before: _Cost) -> _Cost:
+        return _Cost(self.evaluations - before.evaluations, self.seconds - before.seconds)
+
+    def with_share(self, common: _Cost, sharing: int) -> _Cost:
+        """Together with an equal part of what several have in common."""
+        return _Cost(self.evaluations + common.evaluations / sharing, self.seconds + common.seconds / sharing)
 
 
 class _Walk:
@@ -343,6 +393,11 @@ class _Walk:
         self.factual = self.descend()
         self.reconstruction = self.decode(self.factual[-1])
         self.probabilities_reconstruction = self.judge(self.reconstruction)
+        self.encoding_cost = self.accounted = self._spent()
+
+    def _spent(self) -> _Cost:
+        """Since the beginning."""
+        return _Cost(self.denoiser.evaluations, time.perf_counter() - self.started)
 
     def _check(self) -> None:
         """Refuse early what the rule cannot do with this network."""
@@ -451,9 +506,13 @@ class _Walk:
         return values.to(self.latents.device).reshape(-1, *[1] * (self.latents.ndim - 1))
 
     def result(
-        self, question: CounterfactualQuestion, scale: torch.Tensor, region: torch.Tensor | None
+        self,
+        question: CounterfactualQuestion,
+        scale: torch.Tensor,
+        region: torch.Tensor | None,
+        sharing: int = 1,
     ) -> CounterfactualResult:
-        """The final chain, and all that belongs to it."""
+        """The final chain, and all that belongs to it; so many results share the encoding."""
         inferer, probability = self.inferer, self.inferer.probability
         decoded = self.decode(self.guided(question, scale, region), region)
         after = self.judge(decoded)
@@ -494,8 +553,11 @@ class _Walk:
             seconds=0.0,
             record=record,
         )
-        calls = self.denoiser.evaluations / len(self.clean)
-        return replace(_with_meta(found, self.inputs), network_calls=calls, seconds=time.perf_counter() - self.started)
+        spent = self._spent()
+        cost = (spent - self.accounted).with_share(self.encoding_cost, sharing)
+        self.accounted = spent
+        calls = cost.evaluations / len(self.clean)
+        return replace(_with_meta(found, self.inputs), network_calls=calls, seconds=cost.seconds)
 
 
 @dataclass

@@ -96,6 +96,32 @@ class CounterfactualQuestion:
             chosen = torch.where(wanted, chosen, _best_but(probabilities, chosen))
         return cls(chosen, _all(number, device), False)
 
+    @classmethod
+    def every(
+        cls, probabilities: torch.Tensor, enforce: bool | None, multi_label: bool
+    ) -> tuple[CounterfactualQuestion, ...]:
+        """All questions that can be asked of each image.
+
+        Args:
+            probabilities: of the images now, (N, K).
+            enforce: multi-label: as for :py:meth:`of`. Multi-class: anything but False.
+            multi_label: whether the classes are independent labels.
+
+        Returns:
+            Multi-class: K - 1, for each image the classes other than the predicted one, the most probable first.
+            Multi-label: K, the labels in turn.
+
+        Raises:
+            ValueError: when classes that exclude each other are to be absent in turn.
+        """
+        if multi_label:
+            return tuple(cls.of(probabilities, k, enforce, True) for k in range(probabilities.shape[1]))
+        if enforce is False:
+            raise ValueError("CounterfactualInferer: every other class is asked for; enforce=False needs one target.")
+        predicted = probabilities.argmax(1, keepdim=True)
+        order = probabilities.scatter(1, predicted, 2.0).argsort(dim=1, descending=True, stable=True)
+        return tuple(cls.of(probabilities, target, True, False) for target in order[:, 1:].unbind(1))
+
     def probability(self, probabilities: torch.Tensor) -> torch.Tensor:
         """How probable the wanted answer is.
 
@@ -310,7 +336,7 @@ class CounterfactualResult:
         overshoot: how far the counterfactual went outside [-1, 1] before it was cut, >= 0 (N,).
         inversion: latents, calls and residuals of the encoding; None where it added noise.
         network_calls: evaluations of the network or of its encoder per image, mean over the batch; those of an
-            autoencoder are not counted.
+            autoencoder are not counted. Results of one encoding share its calls and its time in equal parts.
         seconds: wall time of the batch.
         record: to make them again.
     """

@@ -219,7 +219,7 @@ class TestTargets(unittest.TestCase):
 
     def test_every_label(self) -> None:
         network = network_with(multi_label=True)
-        found = CounterfactualTargets(self.inferer, 3)(self.images, network, "all", None)
+        found = CounterfactualTargets(self.inferer)(self.images, network, "all", None)
         self.assertEqual([result.record.target for result in found], [(k,) * 3 for k in range(3)])
         for k, result in enumerate(found):
             present = (result.probabilities[:, k] >= 0.5).tolist()

@@ -302,6 +302,32 @@ class TestChains(unittest.TestCase):
         result = inferer(self.images, network, target=torch.tensor([0, 1, 2]))
         self.assertAlmostEqual(result.network_calls, sum(seen) / 3)
 
+    @parameterized.expand(
+        [
+            (rule, multi_label, fraction)
+            for rule in ("classifier", "representation", "class_free")
+            for multi_label, fraction in ((False, None), (False, 0.3), (True, None))
+        ]
+    )
+    def test_every_answer_is_that_of_its_own_call(self, rule: str, multi_label: bool, fraction: float | None) -> None:
+        network, seen = tiny_unet(multi_label=multi_label), []
+        network.middle_block.register_forward_hook(lambda module, args, output: seen.append(len(output)))
+        options: dict[str, Any] = {"timestep": 200, "num_inference_steps": 3, "probability": 0.6, "max_trials": 2}
+        inferer = CounterfactualInferer(self.scheduler, rule=rule, region_fraction=fraction, **options)
+        found = inferer.every_answer(self.images, network, None)
+        spent = sum(seen)
+        self.assertEqual(len(found), 3 if multi_label else 2)
+        self.assertAlmostEqual(sum(result.network_calls for result in found), spent / 3)
+        seen.clear()
+        for result in found:
+            alone = inferer(self.images, network, result.record.target, result.record.enforce)
+            self.assertEqual(alone.record.scale, result.record.scale)
+            self.assertTrue(torch.equal(alone.counterfactual, result.counterfactual))
+            self.assertTrue(torch.equal(alone.probabilities_counterfactual, result.probabilities_counterfactual))
+            self.assertGreater(result.seconds, 0)
+        # classified, encoded by two calls a step, back, and classified again: once for all
+        self.assertEqual(sum(seen) - spent, 3 * (len(found) - 1) * (1 + 2 * 3 + 3 + 1))
+
     @parameterized.expand([("linear",), ("mediffusion",), ("jointdiffusion",), ("standardized",)])
     def test_representation_rule_wants_a_head_that_averages(self, head: str) -> None:
         inferer = CounterfactualInferer(
@@ -527,6 +553,17 @@ class TestQuestion(unittest.TestCase):
         wanted = [p if present else 1 - p for p, present in zip((0.6, 0.1), expected, strict=True)]
         torch.testing.assert_close(question.probability(self.probabilities), torch.tensor(wanted))
         self.assertEqual(question.class_labels(3).tolist(), [[int(present), -1, -1] for present in expected])
+
+    def test_every_one(self) -> None:
+        found = CounterfactualQuestion.every(self.probabilities, None, False)
+        self.assertEqual([question.target.tolist() for question in found], [[1, 1], [2, 0]])
+        tied = CounterfactualQuestion.every(torch.tensor([[0.25, 0.25, 0.5, 0.0], [0.4, 0.4, 0.1, 0.1]]), True, False)
+        self.assertEqual([question.target.tolist() for question in tied], [[0, 1], [1, 2], [3, 3]])
+        labels = CounterfactualQuestion.every(self.probabilities, None, True)
+        self.assertEqual([question.target.tolist() for question in labels], [[0, 0], [1, 1], [2, 2]])
+        self.assertEqual([q.enforce.tolist() for q in labels], [[False, True], [True, True], [True, False]])
+        with self.assertRaisesRegex(ValueError, "every other class is asked for; enforce=False needs one target"):
+            CounterfactualQuestion.every(self.probabilities, False, False)
 
     @parameterized.expand(
         [
