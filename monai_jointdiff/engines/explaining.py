@@ -33,7 +33,9 @@ from monai_jointdiff.engines.serving import (
     UNDIVIDED,
     images_to_classify,
     load_trained,
+    part_in_words,
     require_trained,
+    source_of_model,
     space_of_model,
 )
 from monai_jointdiff.inferers import CounterfactualInferer, CounterfactualResult, JointDiffusionInferer, LatentSpace
@@ -155,28 +157,40 @@ def question_in_words(description: ModelDescription, target: int | str | None, e
 
 
 def images_to_explain(
-    dataset_dir: str | int | None, description: ModelDescription, limit: int | str | None = 16, **options: Any
+    dataset_dir: str | int | None,
+    description: ModelDescription,
+    limit: int | str | None = 16,
+    part: str | None = None,
+    **options: Any,
 ) -> list[dict[Hashable, Any]]:
     """Items to explain, of many images some that are evenly spread over their list.
 
-    Where all images are taken, whatever part of the data they were in for a training, a line printed says so.
+    Where images are taken that may have trained the model, a line printed says so.
 
     Args:
         dataset_dir: as for :func:`~monai_jointdiff.engines.images_to_classify`.
         description: of the model.
         limit: number of images at most; None: all.
+        part: None: the images to classify, whose labels are not asked for; `train`, `val`, `test` or `all`:
+            this part of the data with its labels, divided as in training.
         options: as for :func:`~monai_jointdiff.engines.images_to_classify`.
 
     Returns:
         items as of :func:`~monai_jointdiff.engines.images_to_classify`.
 
     Raises:
-        ValueError: when there is nothing to explain, or the limit is below 1.
+        ValueError: when there is nothing to explain, the limit is below 1, the part is unknown or drawn otherwise than
+            for the training, or labels do not fit the model.
     """
-    items = spread(images_to_classify(dataset_dir, description, **options), limit)
+    if part is None:
+        items = images_to_classify(dataset_dir, description, **options)
+    else:
+        source = source_of_model(description, dataset_dir, **options)
+        print(part_in_words(source, part, description), flush=True)
+        items = [item if part == "test" else {**item, UNDIVIDED: True} for item in source.part(part)]
+    items = spread(items, limit)
     if any(UNDIVIDED in item for item in items):
-        words = "All images are taken, whatever part of the data they were in: they may have trained the model."
-        print(words, flush=True)
+        print("Images are taken whatever part of the data they were in: they may have trained the model.", flush=True)
     return items
 
 

@@ -195,7 +195,7 @@ def division_of(source: ImageSource) -> str:
 
 
 def part_in_words(source: ImageSource, part: str, description: ModelDescription) -> str:
-    """What is evaluated, for the user to see how much of the data it is.
+    """Which part of the data is taken, for the user to see how much of them it is.
 
     A part that is drawn exists only of the data of the training, unchanged: one more image, or another label, and the
     seed draws all parts anew, training images into the test part.
@@ -213,10 +213,10 @@ def part_in_words(source: ImageSource, part: str, description: ModelDescription)
     """
     count, total = len(source.part(part)), len(source.part("all"))
     if part == "all":
-        return f"evaluated: all {total} images"
+        return f"taken: all {total} images"
     drawn = "" if part in source.given_parts else _how_drawn(source, part, description)
     return (
-        f"evaluated: the {part} part{drawn}: {count} of {total} images "
+        f"taken: the {part} part{drawn}: {count} of {total} images "
         "(of data that the model was not trained on take all: --part all)"
     )
 

@@ -335,7 +335,7 @@ class TestEvaluate(unittest.TestCase):
         self.assertIn("data.npz does not say which images are its test part", message_of(caught.exception))
         output = fresh("evaluate")
         printed = use("evaluate", TRAINED, output, dataset_dir=str(folder / "data.npz"), part="all")
-        self.assertIn("evaluated: all 30 images", printed)
+        self.assertIn("taken: all 30 images", printed)
         self.assertEqual(content(output / "metrics.json")["metrics"]["count"], 30)
         self.assertEqual(content(output / "metrics.json")["metrics"]["bootstrap"]["drawn"], "groups")
         self.assertIn("15 resampled patients", printed)

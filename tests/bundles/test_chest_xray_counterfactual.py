@@ -214,6 +214,29 @@ class TestProgram(unittest.TestCase):
         self.assertIn("may have trained the model", metrics["settings"]["images"])
         self.assertIn("true finding", page_of(self, output).text)
 
+    def test_a_part_with_its_labels(self) -> None:
+        folder = fresh("labelled")
+        table = ["file,label,split"]
+        for n, (label, part) in enumerate((("normal", "train"), ("effusion", "test"), ("", "test"), ("normal", "val"))):
+            picture(folder / f"{n}.png", n)
+            table.append(f"{n}.png,{label},{part}")
+        (folder / "labels.csv").write_text("\n".join(table), encoding="utf-8")
+        for part, expected in (
+            ("test", {"1.png": "effusion", "2.png": ""}),
+            ("all", {"0.png": "normal", "1.png": "effusion", "2.png": "", "3.png": "normal"}),
+            (None, {f"{n}.png": "" for n in range(4)}),
+        ):
+            with self.subTest(part):
+                output = fresh("output")
+                printed = explain(output, dataset_dir=str(folder), target=0, part=part)
+                found = {row["image"]: row["label"] for row in rows(output)}
+                self.assertEqual(found, expected)
+                self.assertEqual("may have trained the model" in printed, part != "test")
+                self.assertEqual("images" in content(output / "metrics.json")["settings"], part != "test")
+        with self.assertRaises((ValueError, RuntimeError)) as caught:
+            explain(fresh("output"), dataset_dir=str(folder), part="rest")
+        self.assertIn("'rest' is no part; right are train, val, test, all", message_of(caught.exception))
+
     def test_folder_with_sub_folders_and_a_named_target(self) -> None:
         folder, output = fresh("folder"), fresh("output")
         for number, name in enumerate(("a.png", "left/a.png", "left/b.png")):

@@ -189,7 +189,7 @@ class TestPartInWords(unittest.TestCase):
         expected = f"the test part, drawn by the seed as for training: {count} of 50 images (of data"
         self.assertIn(expected, part_in_words(drawn, "test", model))
         self.assertIn("--part all", part_in_words(drawn, "test", model))
-        self.assertEqual(part_in_words(drawn, "all", model), "evaluated: all 50 images")
+        self.assertEqual(part_in_words(drawn, "all", model), "taken: all 50 images")
         self.assertIn("the val part: 4 of 14 images", part_in_words(stored, "val", model))
         with self.assertRaisesRegex(ValueError, "'tset' is no part"):
             part_in_words(stored, "tset", model)
@@ -220,7 +220,7 @@ class TestDrawnPartsOfChangedData(unittest.TestCase):
             with self.assertRaisesRegex(ValueError, "a part drawn by the seed could hold training images"):
                 images_to_decide(str(self.folder), self.model, part, **options)
         count = len(source.part("all"))
-        self.assertEqual(part_in_words(source, "all", self.model), f"evaluated: all {count} images")
+        self.assertEqual(part_in_words(source, "all", self.model), f"taken: all {count} images")
         self.assertEqual(len(images_to_decide(str(self.folder), self.model, "all", **options).items), count)
         return source
 
@@ -250,7 +250,7 @@ class TestDrawnPartsOfChangedData(unittest.TestCase):
             picture(other / part / name / f"{number}.png", number)
         source = source_of_model(self.model, str(other))
         for part in parts:
-            self.assertIn(f"evaluated: the {part} part: 1 of 3 images", part_in_words(source, part, self.model))
+            self.assertIn(f"taken: the {part} part: 1 of 3 images", part_in_words(source, part, self.model))
 
     def test_few_labels_leave_the_division(self) -> None:
         few = open_with_few_labels(self.folder, num_labels=4, validation_count=2, image_size=8)
