@@ -770,7 +770,7 @@ def draw(store: CellStore, half_distance: float, file: Path) -> None:
             MAIN: ("*", "#31a354", "strength found (T' = 500, 20 steps)"),
             FAST: ("p", "#a1d99b", "strength found (T' = 600, 8 steps)"),
             "two_networks": ("P", "#756bb1", "the same, two networks"),
-            CONDITION: ("*", "#e6550d", "strength found, rule class_free (smaller network)"),
+            CONDITION: ("*", "#e6550d", "strength found, class_free*"),
             "T500_scale3_noise": ("s", "#636363", "T' = 500, strength 3: noise"),
             "T500_scale3_region": ("^", "#636363", "T' = 500, strength 3: region"),
             "T500_scale3_20steps": ("D", "#636363", "T' = 500, strength 3: 20 steps"),
@@ -782,12 +782,12 @@ def draw(store: CellStore, half_distance: float, file: Path) -> None:
         for rule, color in (("class_free", "#e6550d"), ("representation", "#e7298a")):
             names = [name for name in RULES if name.startswith(rule) and cell_of(store, name, 0)]
             if names:
-                axes.plot(*points(names, "oracle, ours"), "v", color=color, label=f"rule {rule} (smaller network)")
+                axes.plot(*points(names, "oracle, ours"), "v", color=color, label=f"{rule}, one strength*")
         axes.set(title=direction, xlabel="median L1 to the image", xlim=(0, None), ylim=(0, 1.03))
         axes.grid(color="#e6e6e6")
     figure.axes[0].set_ylabel("share that flips the oracle")
     handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, title="* smaller network")
     save_figure(figure, file, dpi=100)
 
 
