@@ -30,7 +30,8 @@ from monai_jointdiff.engines.bundle import json_word, load_weights
 from monai_jointdiff.engines.description import ModelDescription
 from monai_jointdiff.engines.first_stage import weights_fingerprint
 from monai_jointdiff.engines.serving import (
-    UNDIVIDED,
+    MAY_HAVE_TRAINED,
+    NOT_HELD_OUT,
     images_to_classify,
     load_trained,
     part_in_words,
@@ -55,6 +56,12 @@ __all__ = [
 ]
 
 ALL = "all"  # as --target: every other answer, side by side
+
+_OF_PART = {
+    "train": "the train part: these images trained the model",
+    "val": "the val part: these images chose epoch and thresholds of the model",
+    "all": MAY_HAVE_TRAINED,
+}
 
 _Item = TypeVar("_Item")
 
@@ -165,7 +172,7 @@ def images_to_explain(
 ) -> list[dict[Hashable, Any]]:
     """Items to explain, of many images some that are evenly spread over their list.
 
-    Where images are taken that may have trained the model, a line printed says so.
+    Where images are taken that are not held out from the training, a line printed says so.
 
     Args:
         dataset_dir: as for :func:`~monai_jointdiff.engines.images_to_classify`.
@@ -176,21 +183,28 @@ def images_to_explain(
         options: as for :func:`~monai_jointdiff.engines.images_to_classify`.
 
     Returns:
-        items as of :func:`~monai_jointdiff.engines.images_to_classify`.
+        items as of :func:`~monai_jointdiff.engines.images_to_classify`; `not_held_out` is in those of any part but
+        `test`.
 
     Raises:
         ValueError: when there is nothing to explain, the limit is below 1, the part is unknown or drawn otherwise than
-            for the training, or labels do not fit the model.
+            for the training, labels do not fit the model, or masks are asked for and an image has none.
     """
     if part is None:
         items = images_to_classify(dataset_dir, description, **options)
     else:
         source = source_of_model(description, dataset_dir, **options)
         print(part_in_words(source, part, description), flush=True)
-        items = [item if part == "test" else {**item, UNDIVIDED: True} for item in source.part(part)]
+        known = {} if part == "test" else {NOT_HELD_OUT: _OF_PART[part]}
+        items = [{**item, **known} for item in source.part(part)]
+        if options.get("mask_column") is not None and not all("mask" in item for item in items):
+            raise ValueError(
+                f"images_to_explain: --mask_column {options['mask_column']} finds no mask for some images of "
+                f"{source.name}. Every image must have one, an empty one where there is nothing to find."
+            )
     items = spread(items, limit)
-    if any(UNDIVIDED in item for item in items):
-        print("Images are taken whatever part of the data they were in: they may have trained the model.", flush=True)
+    if reasons := {item[NOT_HELD_OUT]: None for item in items if NOT_HELD_OUT in item}:
+        print(f"not held out: {'; '.join(reasons)}", flush=True)
     return items
 
 

@@ -56,7 +56,8 @@ __all__ = [
     "start_model",
 ]
 
-UNDIVIDED = "undivided"  # of an item: nobody said whether it is in the test part
+NOT_HELD_OUT = "not_held_out"  # of an item: why figures on it are not those of a test, in words
+MAY_HAVE_TRAINED = "all images, whatever part of the data they were in: they may have trained the model"
 _OF_THE_MODEL = ("spatial_dims", "image_size", "class_names", "in_channels", "intensity", "multi_label")
 
 
@@ -251,7 +252,7 @@ def images_to_classify(
     Returns:
         items with `image`, `label` (missing, for files) and `name`, the path relative to the folder, for slices with
         their number (`head.nii.gz#slice_077`); where they are known `mask` and `patient`, of slices at least the name
-        of their volume; and `undivided`, True, where all images were taken, whatever part of the data they are in.
+        of their volume; and `not_held_out`, why, where all images were taken, whatever part of the data they are in.
 
     Raises:
         ValueError: when there is nothing to classify.
@@ -260,7 +261,7 @@ def images_to_classify(
         source = source_of_model(description, dataset_dir, seed=seed, **options)
         if "test" in source.given_parts:
             return list(source.part("test"))
-        return [{**item, UNDIVIDED: True} for item in source.part("all")]
+        return [{**item, NOT_HELD_OUT: MAY_HAVE_TRAINED} for item in source.part("all")]
     path = Path(str(dataset_dir))
     given = {key: value for key, value in options.items() if value is not None}
     known = {**description.data.get("opened_with", {}), **given}
@@ -271,7 +272,7 @@ def images_to_classify(
         raise ValueError(f"images_to_classify: {path} holds no images (JPEG, PNG, DICOM, NIfTI, NRRD).")
     missing: Any = [-1.0] * len(description.class_names) if description.multi_label else -1
     return [
-        {"image": record.image, "label": missing, "name": record.name, UNDIVIDED: True}
+        {"image": record.image, "label": missing, "name": record.name, NOT_HELD_OUT: MAY_HAVE_TRAINED}
         | ({} if record.mask is None else {"mask": record.mask})
         | ({} if record.patient is None else {"patient": record.patient})
         for record in records
@@ -366,7 +367,7 @@ def announce_model(
     """
     trained = description.trained and (Path(ckpt_dir) / "model.pt").is_file()
     state = "trained" if trained else "UNTRAINED"
-    origin = "the phantoms' test part (no --dataset_dir)" if dataset_dir is None else str(dataset_dir)
+    origin = "phantoms (no --dataset_dir)" if dataset_dir is None else str(dataset_dir)
     size = " x ".join(map(str, description.image_size))
     print(
         f"data: {origin}, {len(items)} images\n"

@@ -50,7 +50,6 @@ __all__ = ["CounterfactualImages", "CounterfactualWriter", "read_counterfactual_
 
 _LONGEST_NAME = 80  # characters of a folder's name
 _LOOKED_AT = 256  # items of a data set among which the pictures of a training are chosen
-_UNDIVIDED = "all images, whatever part of the data they were in: they may have trained the model"
 _SUFFIXES = re.compile(r"\.(nii\.gz|[A-Za-z0-9]{1,5})$")
 
 _WRITTEN = re.compile(r"((counterfactual|reconstruction|difference|region)(_channel\d+)?\.(png|nii\.gz)|record\.json)$")
@@ -92,9 +91,8 @@ class CounterfactualWriter:
         output_dir: folder for the files.
         class_names: names in the order of the logits.
         items: the items of the data set before they were prepared, with `image` (a file, an array, or the number of a
-            phantom) and `name`; None: arrays are written on the pixels of the network. Where they have `undivided`
-            (see :func:`~monai_jointdiff.engines.images_to_classify`), page and `metrics.json` say that they may have
-            trained the model.
+            phantom) and `name`; None: arrays are written on the pixels of the network. What `not_held_out` says (see
+            :func:`~monai_jointdiff.engines.images_to_explain`) page and `metrics.json` say, too.
         multi_label: whether the classes are independent labels.
         title: of the page.
         channel_names: of the channels, shown for images of other than 1 or 3; None: they are not named.
@@ -126,7 +124,7 @@ class CounterfactualWriter:
         self.output_dir = Path(output_dir)
         self.class_names = list(class_names)
         self.originals = None if items is None else {item["name"]: item["image"] for item in items}
-        self.undivided = any(item.get("undivided", False) for item in items or ())
+        self.not_held_out = next((item["not_held_out"] for item in items or () if "not_held_out" in item), None)
         self.multi_label = multi_label
         self.title = title
         self.channel_names = channel_names
@@ -259,9 +257,9 @@ class CounterfactualWriter:
             groups=patient_groups(every.units),
             batch_size=self.batch_size,
         )
-        if not self.undivided:
+        if self.not_held_out is None:
             return figures
-        return replace(figures, settings={**figures.settings, "images": _UNDIVIDED})
+        return replace(figures, settings={**figures.settings, "images": self.not_held_out})
 
     def _table(self) -> str:
         stages = ("image", "reconstruction", "counterfactual")

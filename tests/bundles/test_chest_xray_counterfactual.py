@@ -216,26 +216,42 @@ class TestProgram(unittest.TestCase):
 
     def test_a_part_with_its_labels(self) -> None:
         folder = fresh("labelled")
-        table = ["file,label,split"]
+        table = ["file,finding,set,mask"]
         for n, (label, part) in enumerate((("normal", "train"), ("effusion", "test"), ("", "test"), ("normal", "val"))):
             picture(folder / f"{n}.png", n)
-            table.append(f"{n}.png,{label},{part}")
+            table.append(f"{n}.png,{label},{part}," + ("1.png" if n == 1 else ""))
         (folder / "labels.csv").write_text("\n".join(table), encoding="utf-8")
-        for part, expected in (
-            ("test", {"1.png": "effusion", "2.png": ""}),
-            ("all", {"0.png": "normal", "1.png": "effusion", "2.png": "", "3.png": "normal"}),
-            (None, {f"{n}.png": "" for n in range(4)}),
+        columns = {"label_column": "finding", "split_column": "set"}
+        for part, expected, held_out in (
+            ("test", {"1.png": "effusion", "2.png": ""}, None),
+            ("train", {"0.png": "normal"}, "the train part: these images trained the model"),
+            ("val", {"3.png": "normal"}, "the val part: these images chose epoch and thresholds of the model"),
+            (
+                "all",
+                {"0.png": "normal", "1.png": "effusion", "2.png": "", "3.png": "normal"},
+                "they may have trained the model",
+            ),
+            (None, {f"{n}.png": "" for n in range(4)}, "they may have trained the model"),
         ):
             with self.subTest(part):
                 output = fresh("output")
-                printed = explain(output, dataset_dir=str(folder), target=0, part=part)
-                found = {row["image"]: row["label"] for row in rows(output)}
-                self.assertEqual(found, expected)
-                self.assertEqual("may have trained the model" in printed, part != "test")
-                self.assertEqual("images" in content(output / "metrics.json")["settings"], part != "test")
-        with self.assertRaises((ValueError, RuntimeError)) as caught:
-            explain(fresh("output"), dataset_dir=str(folder), part="rest")
-        self.assertIn("'rest' is no part; right are train, val, test, all", message_of(caught.exception))
+                printed = explain(output, dataset_dir=str(folder), target=0, part=part, **(columns if part else {}))
+                self.assertEqual({row["image"]: row["label"] for row in rows(output)}, expected)
+                self.assertEqual("not held out" in printed, part != "test")
+                settings = content(output / "metrics.json")["settings"]
+                self.assertEqual("images" in settings, part != "test")
+                if held_out is not None:
+                    self.assertIn(held_out, printed)
+                    self.assertIn(held_out, settings["images"])
+                    self.assertIn(held_out, page_of(self, output).text)
+        for options, message in (
+            ({"part": "rest", **columns}, "'rest' is no part; right are train, val, test, all"),
+            ({"part": "test"}, "has no column 'label'"),
+            ({"part": "test", "mask_column": "mask", **columns}, "--mask_column mask finds no mask for some images"),
+        ):
+            with self.subTest(message), self.assertRaises((ValueError, RuntimeError)) as caught:
+                explain(fresh("output"), dataset_dir=str(folder), **options)
+            self.assertIn(message, message_of(caught.exception))
 
     def test_folder_with_sub_folders_and_a_named_target(self) -> None:
         folder, output = fresh("folder"), fresh("output")

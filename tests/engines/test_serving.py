@@ -44,6 +44,7 @@ from monai_jointdiff.engines import (
     source_of_model,
     start_model,
 )
+from monai_jointdiff.engines.serving import MAY_HAVE_TRAINED
 from monai_jointdiff.transforms import N4BiasFieldCorrection
 from monai_jointdiff.visualize import save_png
 from tests.bundles.runs import temporary_folder
@@ -351,7 +352,8 @@ class TestImagesToClassify(unittest.TestCase):
         (folder / "notes.txt").write_text("no image", encoding="utf-8")
         items = images_to_classify(str(folder), phantom_model())
         expected: list[dict[str, Any]] = [
-            {"image": folder / name, "label": -1, "name": name, "undivided": True} for name in ("b.png", "in/a.png")
+            {"image": folder / name, "label": -1, "name": name, "not_held_out": MAY_HAVE_TRAINED}
+            for name in ("b.png", "in/a.png")
         ]
         self.assertEqual(items, expected)
         self.assertEqual(images_to_classify(str(folder / "in" / "a.png"), phantom_model())[0]["name"], "a.png")
@@ -388,21 +390,21 @@ class TestImagesToClassify(unittest.TestCase):
         for model in (phantom_model(), model_of(["a", "b"], True)):
             items = images_to_classify(str(folder / "x.npz"), model)
             self.assertEqual([item["name"] for item in items], ["test/000000", "test/000001"])
-            self.assertFalse(any("undivided" in item for item in items))
+            self.assertFalse(any("not_held_out" in item for item in items))
 
     def test_without_a_test_part_all_are_taken(self) -> None:
         folder = temporary_folder(self)
         np.savez(folder / "x.npz", train_images=np.zeros((40, 8, 8), np.uint8))
         items = images_to_classify(str(folder / "x.npz"), phantom_model())
         self.assertEqual([item["name"] for item in items], [f"train/{n:06d}" for n in range(40)])
-        self.assertTrue(all(item["undivided"] for item in items))
+        self.assertTrue(all(item["not_held_out"] == MAY_HAVE_TRAINED for item in items))
 
     def test_data_without_parts_are_taken_whole(self) -> None:
         folder = temporary_folder(self)
         np.savez(folder / "new.npz", images=np.zeros((50, 8, 8), np.uint8))
         items = images_to_classify(str(folder / "new.npz"), phantom_model())
         self.assertEqual([item["name"] for item in items], [f"images/{n:06d}" for n in range(50)])
-        self.assertTrue(all(item["undivided"] for item in items))
+        self.assertTrue(all(item["not_held_out"] == MAY_HAVE_TRAINED for item in items))
 
     def test_nothing_to_classify_is_refused(self) -> None:
         folder = temporary_folder(self)

@@ -367,7 +367,7 @@ class TestFigures(unittest.TestCase):
 
     def test_images_that_may_have_trained_the_model_are_said_to(self) -> None:
         result = known_result(images(1, 1, 8, 8) / 9 - 0.3, 0.8)
-        for known in ({}, {"undivided": True}):
+        for known in ({}, {"not_held_out": "they may have trained the model"}):
             write(self.folder, result, ["a"], judge=judge, items=[{"image": 0, "name": "a", **known}])
             written = json.loads((self.folder / "metrics.json").read_text(encoding="utf-8"))
             page = (self.folder / "index.html").read_text(encoding="utf-8")
