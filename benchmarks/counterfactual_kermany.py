@@ -110,8 +110,9 @@ def tables(store: CellStore) -> None:
         f"images that they classify rightly a change of {half_distance:.3f}, {HALF_DISTANCE}, flips them (normal, "
         f"pneumonia): {_flipped(about['rows'], half_distance)}.",
         f"{CONTROLS} {PGD}",
-        "Whether other settings would do was looked at by hand afterwards, on 12 validation images of each class: "
-        "T' = 700 moved pneumonia by 0.14 for 9 of 12 flips of the oracle, p .999 by 0.26 for 10: never both.",
+        f"Whether other settings of `{MAIN}` would do was looked at by hand afterwards, on 12 validation images of "
+        "each class: T' = 700 moved pneumonia by 0.14 for 9 of 12 flips of the oracle, p .999 by 0.26 for 10: never "
+        "both.",
         f"`{CONDITION}`: {kermany.EPOCHS} epochs with the overlay train_conditional.json; T' = "
         f"{METHODS[CONDITION]['timestep']} is as noisy as 900 at 28 pixels.",
     ]

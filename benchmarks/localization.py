@@ -27,6 +27,7 @@ the epoch, the other four train.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -94,7 +95,9 @@ DEEPEST = "Grad-CAM of the deepest layer"
 CONTROLS = ("Grad-CAM", "occlusion")  # that the change was to exceed elsewhere
 RELATIVE = "relative"
 SMOOTHING = 5  # pixels along each axis, over which a relative map is averaged
+ASKED = "relative, called abnormal"
 OF_RELATIVE = ("auprc", "iou", "iou_best", "dice", "pointing")
+OF_ASKED = ("auprc", "iou", "pointing")
 FIGURES = ("auprc", "iou", "iou_best", "dice", "pointing", "inside", "outside", "ratio")
 
 
@@ -175,12 +178,17 @@ def prepared(
 
 
 def change_maps(network: nn.Module, scheduler: Any, images: Tensor, options: Mapping[str, Any]) -> dict[str, Any]:
-    """|counterfactual - reconstruction| toward the normal class, and what it took."""
+    """|counterfactual - reconstruction| toward the normal class, and what it took.
+
+    An image that the network calls normal before has nothing to reach (None where none has).
+    """
     inferer = CounterfactualInferer(scheduler, **options)
     results = [inferer(batch, network, target=NORMAL) for batch in images.split(50)]
+    already, reached = (torch.cat([getattr(result, name) for result in results]) for name in ("already", "reached"))
     return {
         "maps": torch.cat([result.difference for result in results]).abs(),
-        "reached": float(torch.cat([result.reached for result in results]).double().mean()),
+        "already": float(already.double().mean()),
+        "reached": None if bool(already.all()) else float(reached[~already].double().mean()),
         "calls": sum(result.network_calls * len(result.image) for result in results) / len(images),
         "seconds": sum(result.seconds for result in results) / len(images),
     }
@@ -267,6 +275,9 @@ def measure(cell: Cell, work: Path, quick: bool) -> dict[str, Any]:
         used = {**options, "timestep": timestep}
         return lambda x, _: {**change_maps(network, scheduler, x, used), "timestep": timestep}
 
+    test = parts["test"]
+    with torch.no_grad():
+        asked = network(test.images).argmax(1) != NORMAL
     values: dict[str, Any] = {}
     makers: dict[str, Callable[[Tensor, Tensor], dict[str, Any]]] = {
         **{name: of_rule(rule) for name, rule in RULES.items()},
@@ -281,14 +292,20 @@ def measure(cell: Cell, work: Path, quick: bool) -> dict[str, Any]:
         reports = {}
         for way, change in (("as it is", lambda m: m), (RELATIVE, relative)):
             threshold = best_threshold(change(maps[choose]), parts[choose].masks)
-            reports[way] = localization_report(change(maps["test"]), parts["test"].masks, threshold).as_dict()
-        values[name] = {**reports["as it is"], RELATIVE: reports[RELATIVE], **found["test"]}
+            reports[way] = localization_report(change(maps["test"]), test.masks, threshold).as_dict()
+        if bool(asked.any()):  # by the threshold of the relative maps
+            of_asked = localization_report(relative(maps["test"])[asked], test.masks[asked], threshold)
+            reports[ASKED] = of_asked.as_dict()
+        values[name] = {**reports.pop("as it is"), **reports, **found["test"]}
+    metrics = json.loads((folder / "output" / "metrics.json").read_text(encoding="utf-8"))["metrics"]
+    for name in RULES:
+        values[name]["test AUC"] = metrics["auc"]["value"]
     return values
 
 
 def stores_in(root: Path) -> dict[str, CellStore]:
     """Where the cells of each data set are kept, with what decides them."""
-    common = {"inferer": INFERER, "relative": f"{SMOOTHING} x {SMOOTHING}, root mean square"}
+    common = {"inferer": INFERER, "relative": f"{SMOOTHING} x {SMOOTHING}, root mean square", "asked": ASKED}
 
     def settings(study: Study) -> dict[str, Any]:
         brought = {} if study.image_size is None else {"image_size": study.image_size}
@@ -317,7 +334,7 @@ def targets(rows: Sequence[Mapping[str, Any]]) -> list[Target]:
         if ours is None:
             found.append(Target(*words, "", None))
             continue
-        figure = f"{figure}, {RELATIVE}" if f"{figure}, {RELATIVE}" in ours else figure
+        figure = f"{figure}, {RELATIVE}" if figure in OF_RELATIVE else figure
         value = ours[figure]["mean"]
         met = value >= bound - 1e-9 if larger else value < bound
         beside = f"{region} {format_value(of['phantoms', region][figure], 3)}"
@@ -362,11 +379,16 @@ def tables(stores: Mapping[str, CellStore]) -> None:
         missing += [f"{data} ({'patient' if data == BRAIN else 'seed'} {', '.join(left)})"] if left else []
         for name in found[0] if found else ():
             figures = {f: mean_interval([_value(values[name][f]) for values in found]) for f in FIGURES}
-            extra = {k: mean_interval([v[name][k] for v in found]) for k in ("reached", "calls") if k in found[0][name]}
-            both = all(RELATIVE in values[name] for values in found)
+            extra = {
+                key: mean_interval(known)
+                for key in ("test AUC", "already", "reached", "calls")
+                if (known := [v[name][key] for v in found if v[name].get(key) is not None])
+            }
             again = {
-                f"{f}, {RELATIVE}": mean_interval([_value(values[name][RELATIVE][f]) for values in found])
-                for f in (OF_RELATIVE if both else ())
+                f"{f}, {way}": mean_interval([_value(values[name][way][f]) for values in found if way in values[name]])
+                for way, those in ((RELATIVE, OF_RELATIVE), (ASKED, OF_ASKED))
+                for f in those
+                if any(way in values[name] for values in found)
             }
             rows.append({"data": data, "runs": len(found), "method": name, **figures, **again, **extra})
     notes = [
@@ -374,7 +396,10 @@ def tables(stores: Mapping[str, CellStore]) -> None:
         "and dice at the threshold chosen on other images (for brain slices on the training patients); iou_best at "
         "the threshold that is best on the test images: a ceiling. Relative: of maps averaged over 5 x 5 pixels and "
         "divided by the root mean square of each, chosen on validation phantoms of another network before any cell was "
-        "measured with it. The verdicts are by these where they are measured, of the controls by their better way.",
+        "measured with it. The verdicts are by these, of the controls by their better way.",
+        "already: share of the images that the network calls normal; these have no counterfactual, and the change is "
+        "empty where it is sure enough. They count in all figures but those of images called abnormal (at the same "
+        f"threshold) and reached. {each_of(stores[BRAIN])}",
         f"Not run: {'; '.join(missing)}." if missing else "All cells were run.",
         "Grad-CAM: of all levels and the middle the layer whose maps lie best in the masks of the images that choose "
         "the threshold, which nobody without masks knows; the deepest layer is what is usual. T' of the "
@@ -389,12 +414,28 @@ def tables(stores: Mapping[str, CellStore]) -> None:
         + ", ".join(f"{key} {value}" for key, value in INFERER.items())
         + ". At most "
         + ", ".join(f"{study.count} images of a part ({data})" for data, study in STUDIES.items())
-        + ". Regions were drawn when pixels beyond the border counted as unchanged, which kept them off it.",
+        + ".",
     ]
     if rows:
         measured = next(iter(stores.values())).records()[0]["environment"]  # not that of a later rendering
         title, asked = "Where the change lies", targets(rows)
         write_result("localization", title, rows, targets=asked, notes=notes, environment=measured)
+
+
+def each_of(store: CellStore) -> str:
+    """What became of each brain patient, in words."""
+    first = next(iter(RULES))
+    told = []
+    for number in STUDIES[BRAIN].numbers:
+        if values := store.get(Cell(BRAIN, "maps", number)):
+            ours = values[first]
+            auprc = {name: _value(values[name][RELATIVE]["auprc"]) for name in (first, "Grad-CAM")}
+            told.append(
+                f"{number}: {ours['test AUC']:.2f}, {ours['already']:.2f}, {auprc[first]:.2f} and "
+                f"{auprc['Grad-CAM']:.2f}"
+            )
+    figures = "test AUC, already, AUPRC (relative) of the change and of Grad-CAM"
+    return f"Brain patients, each with {figures}: {'; '.join(told)}."
 
 
 def _value(figure: Any) -> float:

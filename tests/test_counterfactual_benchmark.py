@@ -39,7 +39,7 @@ from benchmarks.common import RESULTS, ROOT, Cell, CellStore
 from benchmarks.render import render_table
 from monai_jointdiff.inferers import CounterfactualInferer
 from monai_jointdiff.networks import JointDiffusionUNet
-from monai_jointdiff.schedulers import DDIMGridScheduler
+from monai_jointdiff.schedulers import DDIMGridScheduler, make_scheduler
 
 NORMAL, PNEUMONIA = counterfactual.DIRECTIONS
 
@@ -395,8 +395,23 @@ class TestDefaults(unittest.TestCase):
         file = ROOT / "bundles" / bundle / "configs" / "counterfactual.json"
         options = json.loads(file.read_text(encoding="utf-8"))
         inferer = inspect.signature(CounterfactualInferer).parameters
-        for name in ("timestep", "num_inference_steps", "inversion_iterations", "probability"):
+        for name in ("num_inference_steps", "inversion_iterations", "probability"):
             self.assertEqual((options[name], inferer[name].default), (measured[name], measured[name]), name)
+        self.assertIsNone(options["timestep"])
+
+    @parameterized.expand(
+        [
+            (counterfactual.METHODS[counterfactual.MAIN], {}, 28),
+            (counterfactual.METHODS[counterfactual.CONDITION], {"noise_d": 64}, 28),
+            (again.METHODS[counterfactual.CONDITION], {"noise_d": 64}, 64),
+        ]
+    )
+    def test_the_timestep_found_is_the_one_measured(self, measured, shifted, size):
+        bundle = ROOT / "bundles" / "chest_xray" / "configs"
+        config = json.loads((bundle / ("train_conditional.json" if shifted else "train.json")).read_text("utf-8"))
+        noise = {**config["noise_process"], **({"image_d": size} if shifted else {})}
+        inferer = CounterfactualInferer(make_scheduler("ddim", **noise))
+        self.assertAlmostEqual(int(inferer.scheduler.timesteps[0]), measured["timestep"], delta=1)
 
 
 class Pixels:
@@ -683,22 +698,34 @@ class TestCosts(unittest.TestCase):
         self.assertEqual((share["mean"], share["n"]), (0.5, 2))
         self.assertAlmostEqual(share["high"], 1 - share["low"])
 
-    def test_targets(self):
-        def line(name: str, faster: float, worst: float, out: float, back: float) -> dict[str, Any]:
-            shares = {f"oracle, {d}": {"mean": v} for d, v in ((NORMAL, out), (PNEUMONIA, back))}
-            times = {"times faster": {"mean": faster}, "times faster, worst seed": worst}
-            return {"method": name, "networks": "default", "seeds": 3, **times, **shares}
+    def test_validity_beside_the_recipe_of_the_same_seed(self):
+        def cell(recipe: tuple[float, float], ours: tuple[float, float]) -> dict[str, Any]:
+            line = self.cell(1.0)["rows"][0]
+            shares = [
+                {f"oracle, {d}": v for d, v in zip((NORMAL, PNEUMONIA), one, strict=True)} for one in (recipe, ours)
+            ]
+            return {"rows": [{**line, **one} for one in shares]}
 
-        rows = [line("recipe", 1, 1, 1.0, 0.8), line("batch", 5.1, 4.9, 1.0, 0.8)]
-        ours = [line("a", 30.0, 21.0, 0.8, 0.9), line("b", 22.0, 19.0, 0.9, 0.8), line("c", 40.0, 40.0, 1.0, 0.7)]
+        recipe, ours = speed.summary("default", [cell((1.0, 0.8), (0.9, 1.0)), cell((0.9, 0.9), (0.7, 1.0))])
+        self.assertEqual(recipe[speed.BEYOND], 0)
+        self.assertAlmostEqual(ours[speed.BEYOND], -0.2)
+
+    def test_targets(self):
+        def line(name: str, faster: float, worst: float, beyond: float) -> dict[str, Any]:
+            times = {"times faster": {"mean": faster}, "times faster, worst seed": worst}
+            return {"method": name, "networks": "default", "seeds": 3, **times, speed.BEYOND: beyond}
+
+        rows = [line("recipe", 1, 1, 0), line("batch", 5.1, 4.9, 0)]
+        ours = [line("a", 30.0, 21.0, 0.0), line("b", 22.0, 19.0, 0.1), line("c", 40.0, 40.0, -0.1)]
         calls, a, b, c = speed.targets([*rows, *ours])
         self.assertRegex(
             calls.sentence(), r"default networks.*equal calls.*about 5 times.*: MISSED \(5.1 times, worst seed 4.9; 50"
         )
         self.assertEqual([target.met for target in (a, b, c)], [True, False, False])
-        self.assertRegex(a.sentence(), r": a, .*at least 20 times.*: met \(30.0 times, worst seed 21.0, valid.*3 seeds")
-        self.assertRegex(c.found, r"40.0 times, worst seed 40.0, not as valid \(0.700, of the recipe 0.800\)")
-        self.assertTrue(speed.targets([rows[0], line("batch", 5.0, 5.0, 1.0, 0.8)])[0].met)
+        self.assertRegex(a.sentence(), r": a, .*at least 20 times.*: met \(30 times, worst seed 21, valid.*3 seeds")
+        self.assertRegex(a.sentence(), "too few to show that validities are equal")
+        self.assertRegex(c.found, r"40 times, worst seed 40, not as valid \(-0.10 beside the recipe, worst seed\)")
+        self.assertTrue(speed.targets([rows[0], line("batch", 5.0, 5.0, 0)])[0].met)
 
     def test_the_result_is_that_of_the_cells(self):
         with mock.patch.object(speed, "write_result") as write:

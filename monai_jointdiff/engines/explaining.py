@@ -195,7 +195,7 @@ def images_to_explain(
     else:
         source = source_of_model(description, dataset_dir, **options)
         print(part_in_words(source, part, description), flush=True)
-        known = {} if part == "test" else {NOT_HELD_OUT: _OF_PART[part]}
+        known: dict[Hashable, Any] = {} if part == "test" else {NOT_HELD_OUT: _OF_PART[part]}
         items = [{**item, **known} for item in source.part(part)]
         if options.get("mask_column") is not None and not all("mask" in item for item in items):
             raise ValueError(

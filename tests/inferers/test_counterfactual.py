@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import json
+import math
 import unittest
 from collections.abc import Callable
 from dataclasses import replace
@@ -613,6 +614,21 @@ class TestWrongInput(unittest.TestCase):
     def test_arguments(self, _: str, options: dict[str, Any], message: str) -> None:
         with self.assertRaisesRegex(ValueError, f"CounterfactualInferer.*{message}"):
             CounterfactualInferer(DDIMGridScheduler(), **options)
+
+    @parameterized.expand([("linear_beta",), ("scaled_linear_beta",), ("cosine",), ("shifted_logsnr",)])
+    def test_without_a_timestep_all_are_as_noisy(self, schedule: str) -> None:
+        scheduler = DDIMGridScheduler(schedule=schedule, clip_sample=False)
+        inferer = CounterfactualInferer(scheduler)
+        found = torch.logit(scheduler.alphas_cumprod[inferer.scheduler.timesteps[0]])
+        others = torch.logit(scheduler.alphas_cumprod)
+        wanted = math.log(0.115 / 0.885)
+        self.assertAlmostEqual(float(found), wanted, delta=0.05)
+        self.assertEqual(float((found - wanted).abs()), float((others - wanted).abs().min()))
+
+    def test_too_few_levels_take_the_noisiest(self) -> None:
+        scheduler = DDIMGridScheduler(num_train_timesteps=12, clip_sample=False)
+        inferer = CounterfactualInferer(scheduler, num_inference_steps=4)
+        self.assertEqual(int(inferer.scheduler.timesteps[0]), 11)
 
     def test_scheduler(self) -> None:
         with self.assertRaisesRegex(TypeError, "DDIMGridScheduler, got AncestralScheduler"):
