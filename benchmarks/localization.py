@@ -360,7 +360,7 @@ def above_controls(of: Mapping[tuple[str, str], Mapping[str, Any]], data: str) -
         if (data, name) in of
     ]
     met = all(ours[key]["mean"] > best[name] for name, key in names.items())
-    return Target(*words, ", ".join(means), met, "; ".join([of_all(ours), *beside]))
+    return Target(*words, ", ".join(means), met, "; ".join([f"by the means, {of_all(ours)}", *beside]))
 
 
 def of_all(row: Mapping[str, Any]) -> str:

@@ -523,6 +523,39 @@ class TestRelativeMaps(unittest.TestCase):
         torch.testing.assert_close(localization.relative(100 * maps), found)
 
 
+class TestWhatWasReached(unittest.TestCase):
+    @parameterized.expand(
+        [([True, False, False], [True, True, False], 0.5), ([True] * 3, [True] * 3, None), ([False] * 3, [True] * 3, 1)]
+    )
+    def test_images_that_are_called_normal_before_have_nothing_to_reach(self, already, reached, expected):
+        result = mock.Mock(
+            difference=-images(3, 1, 2, 2),
+            already=torch.tensor(already),
+            reached=torch.tensor(reached),
+            image=range(3),
+            network_calls=10.0,
+            seconds=6.0,
+        )
+        with mock.patch.object(localization, "CounterfactualInferer", return_value=mock.Mock(return_value=result)):
+            found = localization.change_maps(mock.Mock(), mock.Mock(), images(3, 1, 2, 2), {})
+        self.assertTrue(torch.equal(found["maps"], images(3, 1, 2, 2).abs()))
+        self.assertAlmostEqual(found["already"], sum(already) / 3)
+        self.assertEqual(found["reached"], expected)
+        self.assertEqual((found["calls"], found["seconds"]), (10.0, 2.0))
+
+    def test_the_result_is_that_of_the_cells(self):
+        with mock.patch.object(localization, "write_result") as write:
+            localization.tables(localization.stores_in(RESULTS / "cells"))
+        (name, title, rows), keywords = write.call_args
+        committed = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+        self.assertEqual((committed["title"], committed["notes"]), (title, keywords["notes"]))
+        self.assertEqual((committed["rows"], committed["environment"]), (rows, keywords["environment"]))
+        self.assertEqual(committed["targets"], [asdict(target) for target in keywords["targets"]])
+        brain = next(row for row in rows if row["data"] == localization.BRAIN)
+        self.assertLess(0, brain["already"]["mean"])
+        self.assertLess(brain["auprc, relative"]["mean"], brain["auprc, relative, called abnormal"]["mean"])
+
+
 SCHEDULE = {"num_train_timesteps": 100, "schedule": "scaled_linear_beta", "beta_start": 0.0015, "beta_end": 0.0195}
 
 
