@@ -49,6 +49,7 @@ __all__ = [
     "Target",
     "counted",
     "environment_record",
+    "is_trained",
     "mean_interval",
     "paired_difference",
     "train_bundle",
@@ -59,6 +60,7 @@ __all__ = [
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
+_TRAINED_BY = "trained_by.json"
 PACKAGES = ("monai", "torch", "numpy", "pytorch-ignite", "diffusers", "scikit-learn")
 
 
@@ -154,7 +156,7 @@ def train_bundle(config_files: Sequence[str], folder: Path, options: Mapping[str
 
     Args:
         config_files: within ``bundles``, the overlays last.
-        folder: for ``models``, ``output`` and ``log.txt``.
+        folder: for ``models``, ``output``, ``log.txt`` and ``trained_by.json``, the options.
         options: of the training, by name.
 
     Returns:
@@ -171,7 +173,37 @@ def train_bundle(config_files: Sequence[str], folder: Path, options: Mapping[str
     started = time.perf_counter()
     with open(folder / "log.txt", "w", encoding="utf-8") as log:
         subprocess.run(command, cwd=ROOT, check=True, stdout=log, stderr=subprocess.STDOUT)
+    write_json(folder / _TRAINED_BY, _as_recorded(options))
     return (time.perf_counter() - started) / 60
+
+
+def is_trained(folder: Path, options: Mapping[str, Any]) -> bool:
+    """Whether :func:`train_bundle` has run to its end in a folder with these options.
+
+    Args:
+        folder: of the training.
+        options: of the training, by name.
+
+    Raises:
+        ValueError: when it ran with other options: its network is not the one that is asked for.
+    """
+    path = folder / _TRAINED_BY
+    if not path.is_file():
+        return False
+    found = json.loads(path.read_text(encoding="utf-8"))
+    if found != _as_recorded(options):
+        raise ValueError(
+            f"is_trained: {folder.name} was trained with {found}, asked for is {_as_recorded(options)}. Remove the "
+            "folder to train again."
+        )
+    return True
+
+
+def _as_recorded(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options as a file gives them back; of places only the last name."""
+    plain = {name: value.name if isinstance(value, Path) else value for name, value in options.items()}
+    found: dict[str, Any] = json.loads(json.dumps(plain))
+    return found
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -54,6 +54,19 @@ class TestTraining(TemporaryFolder):
         self.assertTrue((self.folder / "new" / "log.txt").is_file())
         self.assertTrue(0.001 <= minutes < 1)
 
+    def test_a_network_of_other_options_is_not_taken(self):
+        options = {"epochs": 3, "image_size": (32, 32), "dataset_dir": Path("/somewhere/data.npz")}
+        self.assertFalse(common.is_trained(self.folder, options))
+        with mock.patch("subprocess.run", side_effect=RuntimeError), self.assertRaises(RuntimeError):
+            common.train_bundle(["a/train.json"], self.folder, options)
+        self.assertFalse(common.is_trained(self.folder, options))  # it did not come to its end
+        with mock.patch("subprocess.run"):
+            common.train_bundle(["a/train.json"], self.folder, options)
+        self.assertNotIn("somewhere", (self.folder / "trained_by.json").read_text(encoding="utf-8"))
+        self.assertTrue(common.is_trained(self.folder, {**options, "dataset_dir": Path("/elsewhere/data.npz")}))
+        with self.assertRaisesRegex(ValueError, "was trained with .*'epochs': 3.* asked for is .*'epochs': 4"):
+            common.is_trained(self.folder, {**options, "epochs": 4})
+
 
 class TestNetworks(TemporaryFolder):
     """Cells measured before the bundle's default became smaller, and those still missing, are of one network."""
