@@ -61,7 +61,7 @@ DIFFERENCES = {
     "generate": {"bundle_root"},
     "train_conditional": set(),
     "diffusion_classify": {"bundle_root", *OPTIONS_OF_VOLUMES, "images"},
-    "counterfactual": {"bundle_root", "image_column", "slice_axis", "slice_every", "min_foreground", "dataset#data"},
+    "counterfactual": {"bundle_root", "slice_axis", "slice_every", "min_foreground", "dataset#data"},
 }
 
 
