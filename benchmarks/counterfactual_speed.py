@@ -81,7 +81,8 @@ OURS: dict[str, dict[str, Any]] = {
     "class condition, found for each, 20 steps": METHODS[CONDITION],
 }
 FINE_TUNING = 200  # steps of the classifier on noisy images
-BEYOND = "smaller direction less the recipe's (oracle), worst seed"
+BEYOND = "smaller direction less the recipe's (oracle)"
+WORST_BEYOND = f"{BEYOND}, worst seed"
 BATCHED, AT_VALIDITY = 5, 20  # targets: times faster at equal calls, and at an equal validity
 Predict = Callable[[Tensor, Tensor], Tensor]
 
@@ -492,7 +493,8 @@ def summary(size: str, cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any
                 "times faster, worst seed": min(over["times faster"]),
                 **{name: share_interval(shares, IMAGES) for name, shares in over.items() if name.endswith(DIRECTIONS)},
                 "median L1": mean_interval(over["median L1"]),
-                BEYOND: min(beyond),
+                BEYOND: mean_interval(beyond),
+                WORST_BEYOND: min(beyond),
             }
         )
     return lines
@@ -522,8 +524,8 @@ def targets(rows: Sequence[Mapping[str, Any]]) -> list[Target]:
         )
     ]
     for one in rest:
-        valid = one[BEYOND] >= -1e-9
-        beyond = f"{one[BEYOND]:+.2f} beside the recipe, worst seed"
+        valid = one[WORST_BEYOND] >= -1e-9
+        beyond = f"beside the recipe {one[BEYOND]['mean']:+.2f}, worst seed {one[WORST_BEYOND]:+.2f}"
         found.append(
             Target(
                 f"speed of counterfactuals, {size} networks: {one['method']}, against MONAI's recipe one at a time",

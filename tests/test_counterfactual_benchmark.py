@@ -740,13 +740,15 @@ class TestCosts(unittest.TestCase):
             return {"rows": [{**line, **one} for one in shares]}
 
         recipe, ours = speed.summary("default", [cell((1.0, 0.8), (0.9, 1.0)), cell((0.9, 0.9), (0.7, 1.0))])
-        self.assertEqual(recipe[speed.BEYOND], 0)
-        self.assertAlmostEqual(ours[speed.BEYOND], -0.2)
+        self.assertEqual(recipe[speed.WORST_BEYOND], 0)
+        self.assertAlmostEqual(ours[speed.WORST_BEYOND], -0.2)
+        self.assertAlmostEqual(ours[speed.BEYOND]["mean"], -0.05)
 
     def test_targets(self):
         def line(name: str, faster: float, worst: float, beyond: float) -> dict[str, Any]:
             times = {"times faster": {"mean": faster}, "times faster, worst seed": worst}
-            return {"method": name, "networks": "default", "seeds": 3, **times, speed.BEYOND: beyond}
+            beside = {speed.BEYOND: {"mean": 0.3}, speed.WORST_BEYOND: beyond}
+            return {"method": name, "networks": "default", "seeds": 3, **times, **beside}
 
         rows = [line("recipe", 1, 1, 0), line("batch", 5.1, 4.9, 0)]
         ours = [line("a", 30.0, 21.0, 0.0), line("b", 22.0, 19.0, 0.1), line("c", 40.0, 40.0, -0.1)]
@@ -757,7 +759,9 @@ class TestCosts(unittest.TestCase):
         self.assertEqual([target.met for target in (a, b, c)], [True, False, False])
         self.assertRegex(a.sentence(), r": a, .*at least 20 times.*: met \(30 times, worst seed 21, valid.*3 seeds")
         self.assertRegex(a.sentence(), "too few to show that validities are equal")
-        self.assertRegex(c.found, r"40 times, worst seed 40, not as valid \(-0.10 beside the recipe, worst seed\)")
+        self.assertRegex(
+            c.found, r"40 times, worst seed 40, not as valid \(beside the recipe \+0.30, worst seed -0.10\)"
+        )
         self.assertTrue(speed.targets([rows[0], line("batch", 5.0, 5.0, 0)])[0].met)
 
     def test_the_result_is_that_of_the_cells(self):
