@@ -711,7 +711,7 @@ def tables(store: CellStore, half_distance: float) -> None:
         f"`{CONDITION}` is led by the class condition, by a smaller network (channels {diffusion_classifier.CHANNELS}, "
         "trained with the overlay train_conditional.json); nothing goes backward through it. Its settings were chosen "
         "on 80 validation images of seed 1, after fixed strengths of its rule had been seen on test images of seed 0.",
-        f"{machines} So was the network of seed 0: that of `{MAIN}` is not the one of the other rows.",
+        f"{machines} So was the joint network of seed 0: that of this table is not the one of the ablation.",
         f"The targets are those of {MAIN}, then of {CONDITION}, by the mean over seeds and by the worst seed.",
     ]
     asked = [
