@@ -564,7 +564,8 @@ def tables(store: CellStore) -> None:
     )
     environment = store.records()[0]["environment"]  # not that of a later rendering
     sizes = ", ".join(
-        f"{size} {SIZES[size]} ({len(cells)} of {len(SEEDS[size])} seeds)" for size, cells in found.items()
+        f"{size} {channels} ({len(found.get(size, ()))} of {len(SEEDS[size])} seeds run)"
+        for size, channels in SIZES.items()
     )
     notes = [
         f"{2 * IMAGES} test images of PneumoniaMNIST a seed, half of each class, that all networks and oracles get "
