@@ -48,8 +48,8 @@ __all__ = [
     "ROOT",
     "Target",
     "counted",
+    "ensure_trained",
     "environment_record",
-    "is_trained",
     "mean_interval",
     "paired_difference",
     "train_bundle",
@@ -177,26 +177,28 @@ def train_bundle(config_files: Sequence[str], folder: Path, options: Mapping[str
     return (time.perf_counter() - started) / 60
 
 
-def is_trained(folder: Path, options: Mapping[str, Any]) -> bool:
-    """Whether :func:`train_bundle` has run to its end in a folder with these options.
+def ensure_trained(config_files: Sequence[str], folder: Path, options: Mapping[str, Any]) -> None:
+    """Train as :func:`train_bundle` does, unless that has run to its end in the folder with these options.
 
     Args:
-        folder: of the training.
-        options: of the training, by name.
+        config_files: as there.
+        folder: as there.
+        options: as there.
 
     Raises:
         ValueError: when it ran with other options: its network is not the one that is asked for.
+        CalledProcessError: when it fails; the log says why.
     """
     path = folder / _TRAINED_BY
     if not path.is_file():
-        return False
+        train_bundle(config_files, folder, options)
+        return
     found = json.loads(path.read_text(encoding="utf-8"))
     if found != _as_recorded(options):
         raise ValueError(
-            f"is_trained: {folder.name} was trained with {found}, asked for is {_as_recorded(options)}. Remove the "
+            f"ensure_trained: {folder.name} was trained with {found}, asked for is {_as_recorded(options)}. Remove the "
             "folder to train again."
         )
-    return True
 
 
 def _as_recorded(options: Mapping[str, Any]) -> dict[str, Any]:

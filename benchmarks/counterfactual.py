@@ -40,7 +40,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks import diffusion_classifier, joint_vs_single
-from benchmarks.common import RESULTS, ROOT, Cell, CellStore, Target, mean_interval, write_result
+from benchmarks.common import RESULTS, ROOT, Cell, CellStore, Target, ensure_trained, mean_interval, write_result
 from benchmarks.judges import PlainCNN, disturb_strongly, gaussian_blur, train_cnn, train_robust_cnn
 from monai_jointdiff.data import open_source
 from monai_jointdiff.engines import ModelDescription
@@ -191,10 +191,10 @@ def get_network(method: str, seed: int, work: Path, quick: bool = False) -> tupl
     found = {}
     for name in names:
         place = folder / f"{DATA}_{name}_{seed}"
-        if not (place / "output" / "summary.json").is_file():
-            small = {"channels": diffusion_classifier.CHANNELS, "head": "mediffusion"} if name == AVERAGING else {}
-            cell = Cell(DATA, "joint" if name == AVERAGING else name, seed)
-            joint_vs_single.train(cell, place, 1 if quick else joint_vs_single.EPOCHS, small)
+        small = {"channels": diffusion_classifier.CHANNELS, "head": "mediffusion"} if name == AVERAGING else {}
+        cell = Cell(DATA, "joint" if name == AVERAGING else name, seed)
+        options = joint_vs_single.training_options(cell, 1 if quick else joint_vs_single.EPOCHS, small)
+        ensure_trained(joint_vs_single.CONFIG, place, options)
         found[name], description = joint_vs_single.load(place)
     return (TwoNetworks(**found) if len(found) == 2 else found[names[0]]), description
 

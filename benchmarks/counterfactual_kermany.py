@@ -30,7 +30,7 @@ import torch
 from torch import nn
 
 from benchmarks import counterfactual, kermany
-from benchmarks.common import RESULTS, ROOT, Cell, CellStore, train_bundle, write_result
+from benchmarks.common import RESULTS, ROOT, Cell, CellStore, ensure_trained, write_result
 from benchmarks.counterfactual import CONDITION, CONTROLS, DIRECTIONS, HALF_DISTANCE, INTERVALS, MAIN, PGD, SEEDS
 from benchmarks.joint_vs_single import load
 from monai_jointdiff.engines import ModelDescription
@@ -56,22 +56,20 @@ def get_network(method: str, seed: int, work: Path, quick: bool = False) -> tupl
     folder = work / "kermany" / ("quick" if quick else "")
     if method == CONDITION:
         place = folder / f"conditional_{seed}"
-        if not (place / "output" / "summary.json").is_file():
-            options: dict[str, Any] = {
-                "dataset_dir": Path(os.environ["JOINTDIFF_DATA"]) / f"{DATA}.npz",
-                "seed": seed,
-                "epochs": kermany.EPOCHS,
-                "num_samples": 0,
-                "counterfactual_pictures": 0,
-                "picture_interval": kermany.EPOCHS,
-                **kermany.NETWORK,
-            }
-            tiny = {"epochs": 1, "train#epoch_length": 5} if quick else {}
-            train_bundle(["chest_xray/train.json", "chest_xray/train_conditional.json"], place, {**options, **tiny})
+        options: dict[str, Any] = {
+            "dataset_dir": Path(os.environ["JOINTDIFF_DATA"]) / f"{DATA}.npz",
+            "seed": seed,
+            "epochs": kermany.EPOCHS,
+            "num_samples": 0,
+            "counterfactual_pictures": 0,
+            "picture_interval": kermany.EPOCHS,
+            **kermany.NETWORK,
+        }
+        tiny = {"epochs": 1, "train#epoch_length": 5} if quick else {}
+        ensure_trained([*kermany.CONFIG, "chest_xray/train_conditional.json"], place, {**options, **tiny})
         return load(place)
     place = folder / f"seed_{seed}" if seed else folder
-    if not (place / "output" / "summary.json").is_file():
-        kermany.joint(place, 0.2 if quick else kermany.MINUTES, seed)
+    ensure_trained(kermany.CONFIG, place, kermany.training_options(0.2 if quick else kermany.MINUTES, seed))
     return load(place)
 
 

@@ -43,7 +43,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import diffusion_classifier, joint_vs_single
-from benchmarks.common import RESULTS, ROOT, Cell, CellStore, Target, mean_interval, write_result
+from benchmarks.common import RESULTS, ROOT, Cell, CellStore, Target, ensure_trained, mean_interval, write_result
 from benchmarks.counterfactual import (
     CONDITION,
     DATA,
@@ -305,9 +305,9 @@ def get_networks(size: str, seed: int, work: Path, quick: bool = False) -> Netwo
     found = {}
     for name in ("classifier", "denoiser", "joint"):
         place = folder / f"{DATA}_{name}_{seed}"
-        if not (place / "output" / "summary.json").is_file():
-            epochs = 1 if quick else joint_vs_single.EPOCHS
-            joint_vs_single.train(Cell(DATA, name, seed), place, epochs, {"channels": SIZES[size]})
+        epochs = 1 if quick else joint_vs_single.EPOCHS
+        options = joint_vs_single.training_options(Cell(DATA, name, seed), epochs, {"channels": SIZES[size]})
+        ensure_trained(joint_vs_single.CONFIG, place, options)
         found[name] = joint_vs_single.load(place)
     explained = {"classifier": found["joint"]}
     if size == "default":

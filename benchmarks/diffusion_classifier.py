@@ -44,9 +44,9 @@ from benchmarks.common import (
     Cell,
     CellStore,
     Target,
+    ensure_trained,
     mean_interval,
     paired_difference,
-    train_bundle,
     write_result,
 )
 from benchmarks.joint_vs_single import load
@@ -128,9 +128,7 @@ def read(part: str) -> Part:
 
 
 def train(seed: int, folder: Path, quick: bool) -> None:
-    """Run the bundle with its overlay by options alone, where there is no trained network yet."""
-    if (folder / "output" / "metrics.json").is_file():
-        return
+    """Run the bundle with its overlay by options alone, unless it has run with them."""
     options: dict[str, Any] = {
         "dataset_dir": Path(os.environ["JOINTDIFF_DATA"]) / f"{DATA}.npz",
         "seed": seed,
@@ -142,7 +140,7 @@ def train(seed: int, folder: Path, quick: bool) -> None:
     }
     if quick:
         options["train#epoch_length"] = 5
-    train_bundle(["chest_xray/train.json", "chest_xray/train_conditional.json"], folder, options)
+    ensure_trained(["chest_xray/train.json", "chest_xray/train_conditional.json"], folder, options)
 
 
 class Subject:

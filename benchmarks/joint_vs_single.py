@@ -62,6 +62,7 @@ from monai_jointdiff.inferers import JointDiffusionInferer
 from monai_jointdiff.metrics import frechet_distance, kernel_distance
 
 DATA = "pneumoniamnist_28"
+CONFIG = ("chest_xray/train.json",)
 EPOCHS = 6
 CHANNELS = [32, 64, 128]  # of all three networks
 METHODS = ("joint", "classifier", "denoiser")
@@ -80,12 +81,11 @@ FIRST_RUN = (
 )
 
 
-def train(cell: Cell, folder: Path, epochs: int, other: Mapping[str, Any] | None = None) -> float:
-    """Run the bundle by options alone; returns the minutes of the whole program.
+def training_options(cell: Cell, epochs: int, other: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Options of the bundle.
 
     Args:
         cell: data, one of `TASKS`, and seed.
-        folder: where models and output go.
         epochs: passes through the data.
         other: options beside those of this benchmark, or in their place.
     """
@@ -102,7 +102,7 @@ def train(cell: Cell, folder: Path, epochs: int, other: Mapping[str, Any] | None
     }
     if epochs == 1:
         options["train#epoch_length"] = 10
-    return train_bundle(["chest_xray/train.json"], folder, {**options, **(other or {})})
+    return {**options, **(other or {})}
 
 
 def default_weight() -> float:
@@ -174,7 +174,7 @@ def sample(network: torch.nn.Module, description: ModelDescription, count: int, 
 def measure(cell: Cell, judge: Judge, work: Path, epochs: int) -> Mapping[str, Any]:
     """Train one cell and measure the network that validation chose."""
     folder = work / f"{cell.data}_{cell.method}_{cell.seed}"
-    values: dict[str, Any] = {"minutes": train(cell, folder, epochs)}
+    values: dict[str, Any] = {"minutes": train_bundle(CONFIG, folder, training_options(cell, epochs))}
     values["classification_weight"] = None if cell.method == "denoiser" else default_weight()
     network, description = load(folder)
     if cell.method != "denoiser":

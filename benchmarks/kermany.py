@@ -32,6 +32,7 @@ from monai_jointdiff.data import open_source
 from monai_jointdiff.metrics import macro_auc
 
 DATA = "kermany_cxr_64"
+CONFIG = ("chest_xray/train.json",)
 MINUTES = 17.0  # of training; reading, validation and report come on top
 AUC, PROGRAM_MINUTES = 0.99, 20  # targets: of the test part, and of the whole program
 EPOCHS = 7  # what fits into the minutes on two cores without bf16: the learning rate should reach its end
@@ -43,18 +44,21 @@ NETWORK = {  # four levels instead of three: attention at 8 x 8 as for 32 pixels
 PROBE = 1  # epochs of the CNN from which the number that fits into the time is found
 
 
-def joint(work: Path, minutes: float, seed: int = 0) -> dict[str, Any]:
-    """Train the bundle; the figures of its table."""
-    dataset = Path(os.environ["JOINTDIFF_DATA"]) / f"{DATA}.npz"
-    options = {
-        "dataset_dir": dataset,
+def training_options(minutes: float, seed: int = 0) -> dict[str, Any]:
+    """Options of the bundle for the joint model."""
+    return {
+        "dataset_dir": Path(os.environ["JOINTDIFF_DATA"]) / f"{DATA}.npz",
         "seed": seed,
         "epochs": EPOCHS,
         "max_minutes": minutes,
         "num_samples": 100,
         **NETWORK,
     }
-    total = train_bundle(["chest_xray/train.json"], work, options)
+
+
+def joint(work: Path, minutes: float) -> dict[str, Any]:
+    """Train the bundle; the figures of its table."""
+    total = train_bundle(CONFIG, work, training_options(minutes))
     metrics = json.loads((work / "output" / "metrics.json").read_text(encoding="utf-8"))["metrics"]
     return {"minutes": total, "auc": metrics["auc"]["value"], "accuracy": metrics["accuracy"]["value"]}
 

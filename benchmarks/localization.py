@@ -47,9 +47,8 @@ from benchmarks.common import (
     Cell,
     CellStore,
     Target,
-    is_trained,
+    ensure_trained,
     mean_interval,
-    train_bundle,
     write_result,
 )
 from benchmarks.joint_vs_single import load
@@ -154,8 +153,7 @@ def train(cell: Cell, place: Path | None, folder: Path, quick: bool) -> None:
         options["image_size"] = list(study.image_size)
     if quick:
         options |= {"epochs": 1, "train#epoch_length": 5}
-    if not is_trained(folder, options):
-        train_bundle([f"{study.bundle}/train.json"], folder, options)
+    ensure_trained([f"{study.bundle}/train.json"], folder, options)
 
 
 @dataclass(frozen=True)

@@ -56,16 +56,17 @@ class TestTraining(TemporaryFolder):
 
     def test_a_network_of_other_options_is_not_taken(self):
         options = {"epochs": 3, "image_size": (32, 32), "dataset_dir": Path("/somewhere/data.npz")}
-        self.assertFalse(common.is_trained(self.folder, options))
         with mock.patch("subprocess.run", side_effect=RuntimeError), self.assertRaises(RuntimeError):
-            common.train_bundle(["a/train.json"], self.folder, options)
-        self.assertFalse(common.is_trained(self.folder, options))  # it did not come to its end
-        with mock.patch("subprocess.run"):
-            common.train_bundle(["a/train.json"], self.folder, options)
+            common.ensure_trained(["a/train.json"], self.folder, options)
+        with mock.patch("subprocess.run") as run:
+            common.ensure_trained(["a/train.json"], self.folder, options)
+            run.assert_called_once()  # for the first did not come to its end
+            elsewhere = {**options, "dataset_dir": Path("/elsewhere/data.npz")}
+            common.ensure_trained(["a/train.json"], self.folder, elsewhere)
+            with self.assertRaisesRegex(ValueError, "was trained with .*'epochs': 3.* asked for is .*'epochs': 4"):
+                common.ensure_trained(["a/train.json"], self.folder, {**options, "epochs": 4})
+            run.assert_called_once()
         self.assertNotIn("somewhere", (self.folder / "trained_by.json").read_text(encoding="utf-8"))
-        self.assertTrue(common.is_trained(self.folder, {**options, "dataset_dir": Path("/elsewhere/data.npz")}))
-        with self.assertRaisesRegex(ValueError, "was trained with .*'epochs': 3.* asked for is .*'epochs': 4"):
-            common.is_trained(self.folder, {**options, "epochs": 4})
 
 
 class TestNetworks(TemporaryFolder):
@@ -74,15 +75,14 @@ class TestNetworks(TemporaryFolder):
     LARGE = [32, 64, 128]
 
     @mock.patch.dict("os.environ", JOINTDIFF_DATA="/data")
-    @mock.patch.object(joint_vs_single, "train_bundle")
-    def test_joint_and_single(self, trainings):
+    def test_joint_and_single(self):
         for method in joint_vs_single.METHODS:
-            joint_vs_single.train(Cell(joint_vs_single.DATA, method, 1), self.folder, joint_vs_single.EPOCHS)
-            (_, _, options), _ = trainings.call_args
+            cell = Cell(joint_vs_single.DATA, method, 1)
+            options = joint_vs_single.training_options(cell, joint_vs_single.EPOCHS)
             self.assertEqual((options["channels"], options["epochs"], options["seed"]), (self.LARGE, 6, 1))
 
     @parameterized.expand([("phantoms", 10, None), (localization.BRAIN, 40, [32, 32]), ("busi_64", 40, [32, 32])])
-    @mock.patch.object(localization, "train_bundle")
+    @mock.patch.object(localization, "ensure_trained")
     def test_localization(self, data, epochs, image_size, trainings):
         localization.train(Cell(data, "maps", 2), None, self.folder, quick=False)
         (_, _, options), _ = trainings.call_args

@@ -476,26 +476,24 @@ class TestAnotherDataSet(unittest.TestCase):
 
     @mock.patch.dict("os.environ", JOINTDIFF_DATA="/data")
     @mock.patch.object(again, "load")
-    @mock.patch.object(again.kermany, "train_bundle")
-    @mock.patch.object(again, "train_bundle")
-    def test_trains_what_is_missing(self, conditional, joint, load):
-        with tempfile.TemporaryDirectory() as name:
-            work = Path(name)
-            again.get_network(again.CONDITION, 2, work)
-            (files, place, options), _ = conditional.call_args
-            self.assertEqual(files, ["chest_xray/train.json", "chest_xray/train_conditional.json"])
-            self.assertEqual((options["seed"], str(options["dataset_dir"])), (2, "/data/kermany_cxr_64.npz"))
+    @mock.patch.object(again, "ensure_trained")
+    def test_networks_of_their_own_options_and_folders(self, trainings, load):
+        joint, work = ["chest_xray/train.json"], Path("work")
+        places = set()
+        for method, seed, files in [
+            (again.CONDITION, 2, [*joint, "chest_xray/train_conditional.json"]),
+            (again.MAIN, 0, joint),
+            (again.MAIN, 1, joint),
+        ]:
+            again.get_network(method, seed, work)
+            (trained_by, place, options), _ = trainings.call_args
+            self.assertEqual(list(trained_by), files)
+            self.assertEqual((options["seed"], str(options["dataset_dir"])), (seed, "/data/kermany_cxr_64.npz"))
+            self.assertEqual("max_minutes" in options, method == again.MAIN)
             load.assert_called_with(place)
-            joint.side_effect = RuntimeError("trained")
-            for seed in (0, 1):
-                with self.assertRaisesRegex(RuntimeError, "trained"):
-                    again.get_network(again.MAIN, seed, work)
-                self.assertEqual(joint.call_args[0][2]["seed"], seed)
-            done = work / "kermany" / "output"
-            done.mkdir(parents=True)
-            (done / "summary.json").write_text("{}", encoding="utf-8")
-            again.get_network(again.MAIN, 0, work)
-            load.assert_called_with(work / "kermany")
+            places.add(place)
+        self.assertEqual(len(places), 3)
+        self.assertIn(work / "kermany", places)  # where the benchmark `kermany` trained its network
 
     def test_the_result_is_that_of_the_cells(self):
         committed = json.loads((RESULTS / "counterfactual_kermany.json").read_text(encoding="utf-8"))
@@ -701,19 +699,21 @@ class TestChoices(unittest.TestCase):
         self.assertEqual(found, 3.0)
 
     @mock.patch.object(speed.joint_vs_single, "load", side_effect=lambda place: (place, mock.Mock()))
-    @mock.patch.object(speed.joint_vs_single, "train")
+    @mock.patch.dict("os.environ", JOINTDIFF_DATA="/data")
+    @mock.patch.object(speed, "ensure_trained")
     @mock.patch.object(speed.diffusion_classifier, "train")
     def test_networks_of_one_size(self, conditional, train, load):
         work = Path("work")
         found = speed.get_networks("default", 2, work)
-        self.assertEqual({call.args[0].method for call in train.call_args_list}, {"classifier", "denoiser", "joint"})
-        self.assertTrue(all(call.args[3] == {"channels": [16, 32, 64]} for call in train.call_args_list))
+        given = [call.args[2] for call in train.call_args_list]
+        self.assertEqual({options["task"] for options in given}, {"classify", "denoise", "joint"})
+        self.assertTrue(all((o["channels"], o["seed"]) == ([16, 32, 64], 2) for o in given))
         self.assertEqual(found.explained["class_free"][0], work / "diffusion_classifier" / "pneumoniamnist_28_2")
         self.assertEqual(speed.diffusion_classifier.CHANNELS, [16, 32, 64])
         train.reset_mock()
         larger = speed.get_networks("larger", 1, work)
         self.assertEqual(list(larger.explained), ["classifier"])
-        self.assertTrue(all(call.args[3] == {"channels": [32, 64, 128]} for call in train.call_args_list))
+        self.assertTrue(all(call.args[2]["channels"] == [32, 64, 128] for call in train.call_args_list))
         self.assertEqual(larger.denoiser, work / "joint_vs_single" / "pneumoniamnist_28_denoiser_1")
 
 

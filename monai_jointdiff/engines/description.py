@@ -184,6 +184,20 @@ class ModelDescription:
                 "denoises."
             )
 
+    def decide(self, probabilities: Any) -> np.ndarray:
+        """What `inference.json` would call images, from probabilities that have not met the temperature.
+
+        Args:
+            probabilities: of the network's head (N, K) in [0, 1], rows sum to 1 unless multi-label.
+
+        Returns:
+            (N,) class indices, or (N, K) of 0 and 1 when multi-label.
+        """
+        known = torch.as_tensor(probabilities).detach().double().cpu()
+        logits = known.logit() if self.multi_label else known.log()
+        calibrated = self.decision.probabilities(logits.numpy(), self.multi_label)
+        return self.decision.classes(calibrated, self.multi_label)
+
     def with_decision(self, decision: Decision) -> ModelDescription:
         """The same model with another decision rule."""
         return replace(self, decision=decision)

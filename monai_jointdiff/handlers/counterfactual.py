@@ -100,6 +100,8 @@ class CounterfactualWriter:
             :class:`~monai_jointdiff.engines.HeadJudge` does; None: no figures are measured.
         oracle: an independent classifier, in the same way; None: there is none.
         oracle_id: identity of its weights, for `metrics.json`.
+        decide: the model's own rule, :meth:`~monai_jointdiff.engines.ModelDescription.decide`: what it calls images
+            stands in the table, and beside a case where that is not the most probable class; None: it is not known.
         batch_size: images for each call of judge and oracle.
 
     Raises:
@@ -117,6 +119,7 @@ class CounterfactualWriter:
         judge: _Classify | None = None,
         oracle: _Classify | None = None,
         oracle_id: str | None = None,
+        decide: Callable[[torch.Tensor], Any] | None = None,
         batch_size: int = 64,
     ) -> None:
         if oracle is not None and judge is None:
@@ -131,6 +134,7 @@ class CounterfactualWriter:
         self.judge = judge
         self.oracle = oracle
         self.oracle_id = oracle_id
+        self.decide = decide
         self.batch_size = batch_size
         self._reset()
 
@@ -162,6 +166,7 @@ class CounterfactualWriter:
                 "name": name,
                 "mask": None if masks is None else masks[index],
                 "label": None if labels is None else self._label_in_words(labels[index]),
+                "decide": self.decide,
             }
             cases = (
                 CounterfactualCase.of_targets(results, index, self.class_names, **parts)
@@ -267,7 +272,7 @@ class CounterfactualWriter:
         writer = csv.writer(text, lineterminator="\n")
         probabilities = [f"probability_{name}_{stage}" for stage in stages for name in self.class_names]
         figures = ["reached", "already", "scale", "l1_input", "l1_reconstruction", "l1_encoding"]
-        figures += ["network_calls", "seconds"]
+        figures += ["network_calls", "seconds", "decision", "decision_counterfactual"]
         writer.writerow(["image", "label", "prediction", "target", "enforce", *probabilities, *figures])
         for case in (case for cases in self.cases for case in cases):
             values = (
@@ -282,6 +287,7 @@ class CounterfactualWriter:
                 + [case.reached, case.already, f"{case.scale:.6g}"]
                 + [f"{value:.6f}" for value in (case.l1_input, case.l1_reconstruction, case.l1_encoding)]
                 + [f"{case.network_calls:.1f}", f"{case.seconds:.3f}"]
+                + [case.decision or "", case.decision_counterfactual or ""]
             )
         return text.getvalue()
 

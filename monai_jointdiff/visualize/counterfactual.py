@@ -15,7 +15,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,6 +101,9 @@ class CounterfactualCase:
         label: what is known to be true of the image, in words; None where it is not.
         remarks: what the inferer has to say against this case, see
             :meth:`~monai_jointdiff.inferers.CounterfactualResult.cautions`.
+        decision: what the model's own rule, with its temperature and threshold, calls the image, in words; None: it is
+            not known.
+        decision_counterfactual: what it calls the counterfactual.
     """
 
     name: str
@@ -122,6 +125,8 @@ class CounterfactualCase:
     tiles: CounterfactualTiles
     label: str | None = None
     remarks: tuple[str, ...] = ()
+    decision: str | None = None
+    decision_counterfactual: str | None = None
 
     @classmethod
     def of(
@@ -136,6 +141,7 @@ class CounterfactualCase:
         label: str | None = None,
         limit: float | None = None,
         slice_index: int | None = None,
+        decide: Callable[[torch.Tensor], Any] | None = None,
     ) -> CounterfactualCase:
         """One image of a batch of counterfactuals.
 
@@ -149,6 +155,8 @@ class CounterfactualCase:
             label: what is true of the image, in words.
             limit: change at which the colors end; None: the largest change.
             slice_index: of a volume the slice to show, along its first axis; None: the one that changes most.
+            decide: the model's own rule: maps probabilities (N, K) to classes (N,), or 0 and 1 of each label (N, K);
+                None: it is not known.
 
         Returns:
             numbers and pictures of that image.
@@ -166,11 +174,14 @@ class CounterfactualCase:
         parts = (result.image, result.reconstruction, result.counterfactual, result.difference)
         image, reconstruction, counterfactual, difference = (_array(part[index]) for part in parts)
         region = None if result.region is None else _array(result.region[index])
+        target = int(result.record.target[index])
+        stages = torch.stack([result.probabilities[index], result.probabilities_counterfactual[index]])
+        called = (None, None) if decide is None else [_called(part, names, target) for part in decide(stages)]
         return cls(
             name=name,
             class_names=names,
             multi_label=multi_label,
-            target=int(result.record.target[index]),
+            target=target,
             enforce=bool(result.record.enforce[index]),
             probabilities=tuple(result.probabilities[index].tolist()),
             probabilities_reconstruction=tuple(result.probabilities_reconstruction[index].tolist()),
@@ -186,6 +197,8 @@ class CounterfactualCase:
             tiles=_tiles(image, reconstruction, counterfactual, difference, region, mask, limit, slice_index),
             label=label,
             remarks=tuple(result.cautions(index)),
+            decision=called[0],
+            decision_counterfactual=called[1],
         )
 
     @classmethod
@@ -237,7 +250,7 @@ class CounterfactualCase:
         """What the network says of the image, in words."""
         if not self.multi_label:
             return self.class_names[self.predicted]
-        return f"{self.class_names[self.target]}: {'yes' if self.probabilities[self.target] >= 0.5 else 'no'}"
+        return _label_in_words(self.class_names[self.target], self.probabilities[self.target] >= 0.5)
 
     @property
     def said_of_image(self) -> str:
@@ -250,9 +263,8 @@ class CounterfactualCase:
     @property
     def wanted(self) -> str:
         """What it was to say instead, in words."""
-        if not self.multi_label:
-            return self.class_names[self.target]
-        return f"{self.class_names[self.target]}: {'yes' if self.enforce else 'no'}"
+        name = self.class_names[self.target]
+        return _label_in_words(name, self.enforce) if self.multi_label else name
 
     @property
     def outcome(self) -> str:
@@ -265,6 +277,10 @@ class CounterfactualCase:
         found = list(self.remarks)
         if not (self.reached or self.already):
             found.append("The requested probability was not reached: the change does not explain the other answer.")
+        if self.decision not in (None, self.prediction):
+            found.append(f"By its own threshold the model calls the image {self.decision}, not {self.prediction}.")
+        if self.reached and self.decision_counterfactual not in (None, self.wanted):
+            found.append(f"By its own threshold the model calls the counterfactual {self.decision_counterfactual}.")
         if self._says(self.probabilities) != self._says(self.probabilities_reconstruction):
             found.append("Encoding and decoding alone already change the prediction.")
         if self.l1_encoding > self.l1_reconstruction and not self.already:
@@ -281,6 +297,15 @@ class CounterfactualCase:
         )
         largest[self.target] = np.inf
         return sorted(np.argsort(-largest, kind="stable")[:_SHOWN_CLASSES].tolist())
+
+
+def _label_in_words(name: str, present: bool) -> str:
+    return f"{name}: {'yes' if present else 'no'}"
+
+
+def _called(decided: Any, names: Sequence[str], target: int) -> str:
+    """A class, or what was decided of the target label (K,), in words."""
+    return names[int(decided)] if np.ndim(decided) == 0 else _label_in_words(names[target], bool(decided[target]))
 
 
 def difference_overlay(

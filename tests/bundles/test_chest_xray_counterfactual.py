@@ -125,6 +125,7 @@ class TestProgram(unittest.TestCase):
         names = description.class_names
         self.assertEqual([row["label"] for row in found], [names[item["label"]] for item in chosen])
         self.assertEqual([row["target"] for row in found], [names[k] for k in expected.record.target])
+        self.assertEqual([row["decision"] for row in found], [names[k] for k in expected.probabilities.argmax(1)])
         for stage, probabilities in {
             "image": expected.probabilities,
             "reconstruction": expected.probabilities_reconstruction,

@@ -93,6 +93,23 @@ class TestModelDescription(unittest.TestCase):
         self.assertFalse(description.multi_label)
         self.assertEqual(description.with_decision(Decision(2.0)), replace(description, decision=Decision(2.0)))
 
+    @parameterized.expand(
+        [("binary", 2, [0.2], False), ("classes", 3, None, False), ("labels", 3, [0.1, 0.5, 0.9], True)]
+    )
+    def test_decides_from_probabilities_as_from_logits(
+        self, _: str, num_classes: int, thresholds: list[float] | None, multi_label: bool
+    ) -> None:
+        decision = Decision(2.5, thresholds)
+        data = {**DATA, "class_names": list("abc"[:num_classes]), "multi_label": multi_label}
+        description = replace(small_description(), data=data, decision=decision)
+        logits = 6 * torch.randn(200, num_classes, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        logits[0], logits[1, 0], logits[2, 0] = 0.0, 800.0, -800.0  # probabilities of exactly 1 and 0
+        probabilities = logits.sigmoid() if multi_label else logits.softmax(1)
+        expected = decision.classes(decision.probabilities(logits.numpy(), multi_label), multi_label)
+        np.testing.assert_array_equal(description.decide(probabilities), expected)
+        plain = (probabilities >= 0.5).long() if multi_label else probabilities.argmax(1)
+        self.assertEqual(bool((plain.numpy() != expected).any()), thresholds is not None)
+
     def test_network_of_the_file_takes_the_weights(self) -> None:
         small_description().save(self.path)
         network = small_network().eval()

@@ -222,6 +222,17 @@ class TestTableAndPage(unittest.TestCase):
         for key, value in numbers.items():
             self.assertAlmostEqual(float(two[key]), value, places=5, msg=key)
 
+    def test_what_the_rule_of_the_model_calls_them(self) -> None:
+        result = known_result(images(2, 1, 8, 8), 0.25, [[0.9, 0.1], [0.6, 0.4]], [[0.2, 0.8], [0.1, 0.9]])
+        write(self.folder, result, ["a.png", "b.png"])
+        self.assertEqual([row["decision"] for row in rows(self.folder / "counterfactuals.csv")], ["", ""])
+        write(self.folder, result, ["a.png", "b.png"], decide=lambda p: (p[:, 1] >= 0.3).long())
+        found = rows(self.folder / "counterfactuals.csv")
+        self.assertEqual([row["decision"] for row in found], ["normal", "effusion"])
+        self.assertEqual([row["decision_counterfactual"] for row in found], ["effusion", "effusion"])
+        page = (self.folder / "index.html").read_text(encoding="utf-8")
+        self.assertEqual(page.count("By its own threshold the model calls the image effusion, not normal."), 1)
+
     def test_page_shows_all_cases_and_no_place_on_this_machine(self) -> None:
         path = self.folder / "in" / "<a>.png"
         save_png(np.zeros((8, 8), np.uint8), path)

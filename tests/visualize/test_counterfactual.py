@@ -17,6 +17,7 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+import torch
 from monai.utils import optional_import
 from parameterized import parameterized
 
@@ -133,6 +134,32 @@ class TestCase(unittest.TestCase):
         self.assertEqual(len(found), len(expected))
         for text, part in zip(found, expected, strict=True):
             self.assertIn(part, text)
+
+    @parameterized.expand(
+        [
+            ("as most probable", [0, 1], "no", "yes", []),
+            ("image", [1, 1], "yes", "yes", ["calls the image yes, not no"]),
+            ("counterfactual", [0, 0], "no", "no", ["calls the counterfactual no"]),
+        ]
+    )
+    def test_what_the_rule_of_the_model_says(
+        self, _: str, decided: list[int], image: str, counterfactual: str, cautions: list[str]
+    ) -> None:
+        result = known_result(images(1, 1, 8, 8), 0.1)
+        found = CounterfactualCase.of(result, 0, ["no", "yes"], decide=lambda probabilities: np.array(decided))
+        self.assertEqual((found.decision, found.decision_counterfactual), (image, counterfactual))
+        self.assertEqual(len(found.cautions), len(cautions))
+        for text, part in zip(found.cautions, cautions, strict=True):
+            self.assertIn(part, text)
+
+    def test_the_rule_is_asked_for_the_target_label(self) -> None:
+        result = known_result(images(1, 1, 8, 8), 0.1, [[0.9, 0.3]], [[0.1, 0.8]], target=1)
+        for decide, expected in (
+            (lambda p: (p >= torch.tensor([0.5, 0.2])).long(), ("b: yes", "b: yes")),
+            (lambda p: (p >= torch.tensor([0.5, 0.9])).long(), ("b: no", "b: no")),
+        ):
+            found = CounterfactualCase.of(result, 0, ["a", "b"], multi_label=True, decide=decide)
+            self.assertEqual((found.decision, found.decision_counterfactual), expected)
 
     def test_outcome(self) -> None:
         for reached, already, expected in (
