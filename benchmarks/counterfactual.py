@@ -600,8 +600,13 @@ def judged_by(oracle: str, cells: Sequence[Mapping[str, Any]], rule: str = "", d
     ]
 
 
-def oracle_targets(rows: Sequence[Mapping[str, Any]]) -> list[Target]:
-    """What was asked of an oracle, for each."""
+def oracle_targets(rows: Sequence[Mapping[str, Any]], data: str = "") -> list[Target]:
+    """What was asked of an oracle, for each.
+
+    Args:
+        rows: of `Court.about_oracles`.
+        data: words that name another data set.
+    """
     found = []
     for oracle in (ORACLE, ROBUST):
         own = [row for row in rows if row["oracle"] == oracle]
@@ -615,9 +620,14 @@ def oracle_targets(rows: Sequence[Mapping[str, Any]]) -> list[Target]:
         missed = [text for text, share in flipped.items() if share >= 0.10]
         most = max(flipped, key=lambda text: flipped[text])
         found += [
-            Target(f"test AUC of the {oracle} that judges counterfactuals", "at least 0.97", f"{auc:.3f}", auc >= 0.97),
             Target(
-                f"images on which blur, noise or brightness at the L1 in question flips the {oracle}",
+                f"test AUC of the {oracle} that judges counterfactuals{data}",
+                "at least 0.97",
+                f"{auc:.3f}",
+                auc >= 0.97,
+            ),
+            Target(
+                f"images on which blur, noise or brightness at the L1 in question flips the {oracle}{data}",
                 "less than 0.10",
                 "; ".join(missed) or f"at most {most}",
                 not missed,

@@ -460,11 +460,13 @@ class TestAnotherDataSet(unittest.TestCase):
     """The cells of kermany_cxr_64 are measured like those of PneumoniaMNIST."""
 
     def test_options_are_those_of_the_other_data(self):
+        rules = {again.MAIN: again.MAIN, again.CONDITION: again.CONDITION, again.SAME_NETWORK: again.MAIN}
         for name, options in again.METHODS.items():
-            other = counterfactual.METHODS[name]
+            other = counterfactual.METHODS[rules[name]]
             self.assertEqual(
                 {k for k in options if options[k] != other[k]}, set() if name == again.MAIN else {"timestep"}
             )
+        self.assertEqual(again.METHODS[again.SAME_NETWORK]["timestep"], again.METHODS[again.CONDITION]["timestep"])
         levels = [
             float(DDIMGridScheduler(schedule="shifted_logsnr", noise_d=64, image_d=size).alphas_cumprod[t])
             for size, t in (
@@ -482,6 +484,7 @@ class TestAnotherDataSet(unittest.TestCase):
         places = set()
         for method, seed, files in [
             (again.CONDITION, 2, [*joint, "chest_xray/train_conditional.json"]),
+            (again.SAME_NETWORK, 2, [*joint, "chest_xray/train_conditional.json"]),
             (again.MAIN, 0, joint),
             (again.MAIN, 1, joint),
         ]:

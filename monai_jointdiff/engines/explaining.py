@@ -55,6 +55,7 @@ __all__ = [
     "spread",
 ]
 
+OUT_OF = "out_of"  # of an item: of how many images some were taken
 ALL = "all"  # as --target: every other answer, side by side
 
 _OF_PART = {
@@ -172,7 +173,7 @@ def images_to_explain(
 ) -> list[dict[Hashable, Any]]:
     """Items to explain, of many images some that are evenly spread over their list.
 
-    Where images are taken that are not held out from the training, a line printed says so.
+    Where images are left out, or taken that are not held out from the training, a line printed says so.
 
     Args:
         dataset_dir: as for :func:`~monai_jointdiff.engines.images_to_classify`.
@@ -184,7 +185,7 @@ def images_to_explain(
 
     Returns:
         items as of :func:`~monai_jointdiff.engines.images_to_classify`; `not_held_out` is in those of any part but
-        `test`.
+        `test`, and `out_of` in all where some were left out: how many there were.
 
     Raises:
         ValueError: when there is nothing to explain, the limit is below 1, the part is unknown or drawn otherwise than
@@ -202,7 +203,11 @@ def images_to_explain(
                 f"images_to_explain: --mask_column {options['mask_column']} finds no mask for some images of "
                 f"{source.name}. Every image must have one, an empty one where there is nothing to find."
             )
+    there = len(items)
     items = spread(items, limit)
+    if len(items) < there:
+        print(f"only {len(items)} of {there} images, evenly spread; all of them with --limit null", flush=True)
+        items = [{**item, OUT_OF: there} for item in items]
     if reasons := {item[NOT_HELD_OUT]: None for item in items if NOT_HELD_OUT in item}:
         print(f"not held out: {'; '.join(reasons)}", flush=True)
     return items

@@ -92,7 +92,7 @@ class CounterfactualWriter:
         class_names: names in the order of the logits.
         items: the items of the data set before they were prepared, with `image` (a file, an array, or the number of a
             phantom) and `name`; None: arrays are written on the pixels of the network. What `not_held_out` says (see
-            :func:`~monai_jointdiff.engines.images_to_explain`) page and `metrics.json` say, too.
+            :func:`~monai_jointdiff.engines.images_to_explain`) page and `metrics.json` say, too; `out_of` the page.
         multi_label: whether the classes are independent labels.
         title: of the page.
         channel_names: of the channels, shown for images of other than 1 or 3; None: they are not named.
@@ -128,6 +128,7 @@ class CounterfactualWriter:
         self.class_names = list(class_names)
         self.originals = None if items is None else {item["name"]: item["image"] for item in items}
         self.not_held_out = next((item["not_held_out"] for item in items or () if "not_held_out" in item), None)
+        self.out_of = next((item["out_of"] for item in items or () if "out_of" in item), None)
         self.multi_label = multi_label
         self.title = title
         self.channel_names = channel_names
@@ -240,7 +241,7 @@ class CounterfactualWriter:
         if figures is not None:
             content = {"oracle_id": self.oracle_id, **figures.as_dict()}
             atomic_write_text(self.output_dir / "metrics.json", json.dumps(content, indent=4) + "\n")
-        page = counterfactual_report(self.cases, self.title, self._settings, self._shown_names, figures)
+        page = counterfactual_report(self.cases, self.title, self._settings, self._shown_names, figures, self.out_of)
         atomic_write_text(self.output_dir / "index.html", page)
 
     def _figures(self) -> CounterfactualFigures | None:

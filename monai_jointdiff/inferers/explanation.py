@@ -371,8 +371,10 @@ class CounterfactualResult:
         if bool(self.already[index]):
             end = "nothing was changed." if unchanged else "the change makes it only more probable."
             found.append(f"The network already gives this answer: {end}")
-        elif unchanged:
+        elif unchanged and bool(self.reached[index]):
             found.append("The factual reconstruction has the requested probability: no change was searched for.")
+        elif unchanged:
+            found.append("No strength that was tried came closer to the answer than the factual reconstruction.")
         overshoot = float(self.overshoot[index])
         if overshoot > _FAR_OUTSIDE:
             found.append(

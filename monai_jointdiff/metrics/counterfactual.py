@@ -24,7 +24,7 @@ from monai.metrics import CumulativeIterationMetric, SSIMMetric
 from monai.utils import convert_to_tensor
 
 from monai_jointdiff.metrics.bootstrap import FEWEST_UNITS, Interval, bootstrap_intervals
-from monai_jointdiff.metrics.generation import frechet_distance
+from monai_jointdiff.metrics.generation import frechet_distance, kernel_distance
 from monai_jointdiff.metrics.inputs import as_array, check_labels, check_probabilities
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "FlipFigures",
     "FlipReport",
     "ProximityMetric",
+    "RealismMetric",
     "ReversibilityMetric",
     "composition",
     "cout",
@@ -741,11 +742,11 @@ class CounterfactualValidityMetric(_AnswerMetric):
 
 
 class CounterfactualTransitionMetric(_AnswerMetric):
-    """Counterfactual transition score :func:`cout`, mean over a whole run.
+    """Counterfactual transition score :func:`cout`, mean over the images of a run that lacked what was asked for.
 
     For :class:`monai.handlers.IgniteMetricHandler`, with batches or decollated lists, on one process or many:
     predictions are pairs (N, 2, C, *spatial) of images and counterfactuals, labels what was asked for, as in
-    :class:`CounterfactualValidityMetric`.
+    :class:`CounterfactualValidityMetric`. Images that the classifier gives this already have no score and are left out.
 
     Args:
         classify: as in :func:`cout`.
@@ -761,14 +762,31 @@ class CounterfactualTransitionMetric(_AnswerMetric):
         self.batch_size = batch_size
 
     def _compute_tensor(self, y_pred: torch.Tensor, y: torch.Tensor, **kwargs: Any) -> torch.Tensor:  # type: ignore[override]
-        """(N,) score of each image."""
+        """(N,) score of each image; NaN where there is none."""
         images, counterfactuals = _pairs(y_pred, 4, "images (N, 2, C, *spatial)", type(self).__name__)
-        target, enforce = self._asked(y, y.shape[-1])
-        options = {"steps": self.steps, "batch_size": self.batch_size}
-        scores = cout(
-            images, counterfactuals, self.classify, target, None, enforce, multi_label=self.multi_label, **options
-        )
+        target, enforce = (np.broadcast_to(as_array(part), len(images)) for part in self._asked(y, y.shape[-1]))
+        with torch.no_grad():
+            before = torch.cat([self.classify(batch) for batch in images.split(self.batch_size)])
+        asked = ~reached_target(before, target, enforce, multi_label=self.multi_label)
+        scores = np.full(len(images), np.nan)
+        if asked.any():
+            chosen = torch.as_tensor(asked, device=images.device)
+            scores[asked] = cout(
+                images[chosen],
+                counterfactuals[chosen],
+                self.classify,
+                target[asked],
+                enforce=enforce[asked],
+                multi_label=self.multi_label,
+                steps=self.steps,
+                batch_size=self.batch_size,
+            )
         return torch.as_tensor(scores, device=y_pred.device)
+
+    def aggregate(self) -> float:  # type: ignore[override]
+        """Mean over all images since the last reset that have a score; NaN where none has one."""
+        scores = self.get_buffer()
+        return float(scores.nanmean())
 
 
 def _pairs(values: torch.Tensor, axes: int, expected: str, caller: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -803,6 +821,50 @@ class ProximityMetric(_MeanMetric):
     def _compute_tensor(self, y_pred: torch.Tensor, y: torch.Tensor, **kwargs: Any) -> torch.Tensor:  # type: ignore[override]
         """(N,) figure of each image."""
         return torch.as_tensor(self.evaluate(y, y_pred), device=y_pred.device)
+
+
+class RealismMetric(CumulativeIterationMetric):
+    """How far counterfactuals are, as a set, from real images, over a whole run.
+
+    For :class:`monai.handlers.IgniteMetricHandler`, with batches or decollated lists, on one process or many:
+    predictions are the counterfactuals, labels the real images, of :func:`split_frechet_distance` those they were made
+    from, in the same order. All features are kept until the end of the run.
+
+    Args:
+        figure: `"frechet"`, `"kernel"` or `"split_frechet"`:
+            :func:`~monai_jointdiff.metrics.generation.frechet_distance`, the value of
+            :func:`~monai_jointdiff.metrics.generation.kernel_distance`, or :func:`split_frechet_distance`.
+        embed: maps images (B, C, *spatial) to features (B, D); None: predictions and labels are features already.
+
+    Raises:
+        ValueError: for another figure.
+    """
+
+    def __init__(
+        self, figure: str = "split_frechet", embed: Callable[[torch.Tensor], torch.Tensor] | None = None
+    ) -> None:
+        super().__init__()
+        figures: dict[str, Callable[[Any, Any], float]] = {
+            "frechet": frechet_distance,
+            "kernel": lambda a, b: kernel_distance(a, b).value,
+            "split_frechet": split_frechet_distance,
+        }
+        if figure not in figures:
+            raise ValueError(f"{type(self).__name__}: figure must be one of {sorted(figures)}, got {figure!r}.")
+        self.evaluate = figures[figure]
+        self.embed = embed
+
+    def _compute_tensor(self, y_pred: torch.Tensor, y: torch.Tensor, **kwargs: Any) -> list[torch.Tensor]:  # type: ignore[override]
+        """Keep the features (N, D) of both."""
+        if self.embed is None:
+            return [y_pred, y]
+        with torch.no_grad():
+            return [self.embed(y_pred), self.embed(y)]
+
+    def aggregate(self) -> float:  # type: ignore[override]
+        """The distance between all that came since the last reset, squared, in units of the features."""
+        made, real = self.get_buffer()
+        return self.evaluate(made, real)
 
 
 class CompositionMetric(_MeanMetric):

@@ -160,6 +160,7 @@ def counterfactual_report(
     settings: str = "",
     channel_names: Sequence[str] | None = None,
     figures: CounterfactualFigures | None = None,
+    out_of: int | None = None,
 ) -> str:
     """One HTML page of all cases, with everything in it: it opens from a disk, a mail or a phone.
 
@@ -170,6 +171,7 @@ def counterfactual_report(
         settings: how the counterfactuals were made, in words, for the end of the page.
         channel_names: of channels that stand one below the other in the pictures; None: they are not named.
         figures: of the run, for the head of the page; None: they were not measured.
+        out_of: how many images there were, of which these are some; None: these are all.
 
     Returns:
         the page.
@@ -199,7 +201,7 @@ def counterfactual_report(
 <body>
 <main>
 <h1>{escape(title)}</h1>
-<p class="soft">{_count(groups)}</p>
+<p class="soft">{_count(groups, out_of)}</p>
 <h2>How to read this page</h2>
 <p>{_HOW_TO_READ}</p>
 <p><b>When not to trust it.</b> {_WHEN_NOT_TO_TRUST}</p>
@@ -227,11 +229,12 @@ per pixel of images in [&minus;1, 1]. Not for clinical use.</footer>
 """
 
 
-def _count(groups: Sequence[Sequence[CounterfactualCase]]) -> str:
+def _count(groups: Sequence[Sequence[CounterfactualCase]], out_of: int | None) -> str:
     """How many images and counterfactuals there are, and what became of those that something was asked of."""
     cases = [case for group in groups for case in group]
     asked = [case for case in cases if not case.already]
-    parts = [f"{len(groups)} image{'s' * (len(groups) > 1)}"]
+    left_out = "" if out_of is None else f" of {out_of}, evenly spread (the others are not shown)"
+    parts = [f"{len(groups)} image{'s' * (len(groups) > 1)}{left_out}"]
     if len(cases) > len(groups):
         parts.append(f"{len(cases)} counterfactuals")
     parts.append(f"{sum(case.reached for case in asked)} of {len(asked)} with the requested probability reached")

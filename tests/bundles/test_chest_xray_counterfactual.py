@@ -113,6 +113,7 @@ class TestProgram(unittest.TestCase):
         output = fresh("phantoms")
         printed = explain(output, limit=3)
         self.assertIn("What would have to change for the most probable other class?", printed)
+        self.assertIn("only 3 of 12 images, evenly spread; all of them with --limit null", printed)
         self.assertIn(f"page of all cases: {output}/index.html", printed)
         description, network = model_of(TRAINED)
         items = images_to_classify(None, description)
@@ -136,6 +137,7 @@ class TestProgram(unittest.TestCase):
         page = page_of(self, output)
         self.assertEqual(len(page.all("img")), 3 * 4)
         self.assertIn("phantom/", page.text)
+        self.assertIn("3 images of 12, evenly spread", page.text)
 
         number = chosen[0]["name"].replace("/", "__")
         case = output / "cases" / number

@@ -137,10 +137,11 @@ class TestImages(unittest.TestCase):
         items = images_to_classify(None, model())
         self.assertEqual(images_to_explain(None, model(), "null"), items)
         self.assertEqual(images_to_explain(None, model(), 100), items)
-        self.assertEqual(images_to_explain(None, model(), 1), items[:1])
+        said = {"out_of": len(items)}
+        self.assertEqual(images_to_explain(None, model(), 1), [{**items[0], **said}])
         some = images_to_explain(None, model(), 3)
         self.assertEqual(len(some), 3)
-        self.assertEqual((some[0], some[-1]), (items[0], items[-1]))
+        self.assertEqual((some[0], some[-1]), ({**items[0], **said}, {**items[-1], **said}))
 
     def test_spread_names_the_option(self) -> None:
         self.assertEqual(spread(range(9), 3), [0, 4, 8])

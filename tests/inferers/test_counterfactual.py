@@ -150,6 +150,21 @@ class TestClosedForm(unittest.TestCase):
         for n in range(16):
             self.assertEqual("no change was searched for" in " ".join(result.cautions(n)), bool(reached[n]))
 
+    def test_where_no_strength_came_closer_nothing_was_reached(self) -> None:
+        scheduler, network, images = toy((1, 4, 4), number=2)
+        inferer = CounterfactualInferer(
+            scheduler, rule="class_free", timestep=500, num_inference_steps=8, probability=0.6, max_trials=2
+        )
+        result = inferer(images, network, target=1)
+        unmoved = replace(
+            result,
+            record=replace(result.record, scale=(0.0, 0.0)),
+            reached=torch.tensor([False, True]),
+            already=torch.tensor([False, False]),
+        )
+        self.assertRegex(" ".join(unmoved.cautions(0)), "^No strength that was tried came closer")
+        self.assertRegex(" ".join(unmoved.cautions(1)), "^The factual reconstruction has the requested probability")
+
     def test_what_is_judged_is_cut_to_the_range(self) -> None:
         scheduler, network, images = toy((1, 8, 6))
         inferer = CounterfactualInferer(

@@ -30,12 +30,14 @@ from monai_jointdiff.metrics import (
     CounterfactualValidityMetric,
     LocalizationMetric,
     ProximityMetric,
+    RealismMetric,
     ReversibilityMetric,
     composition,
     cout,
     flip_rate,
     frechet_distance,
     grouped_wilson_interval,
+    kernel_distance,
     l1_distance,
     l2_distance,
     reached_target,
@@ -559,12 +561,37 @@ class TestMetrics(unittest.TestCase):
         value = run(metric, in_batches(pairs, target), decollate)
         self.assertAlmostEqual(value, cout(images, others, bright, target, steps=7).mean(), places=6)
         asked = torch.full((15, 2), -1)
-        asked[:, 0] = 1
+        asked[:, 0] = bright(images)[:, 0] < 0.5  # the opposite of what it is
         metric = CounterfactualTransitionMetric(bright, multi_label=True, steps=7)
-        expected = cout(images, others, bright, 0, multi_label=True, steps=7).mean()
+        expected = cout(images, others, bright, 0, enforce=asked[:, 0] == 1, multi_label=True, steps=7).mean()
         self.assertAlmostEqual(run(metric, in_batches(pairs, asked), decollate), expected, places=6)
         with self.assertRaisesRegex(ValueError, "CounterfactualTransitionMetric: predictions must be pairs of images"):
             metric(pairs[:, :1], asked)
+
+    def test_transition_leaves_out_images_that_have_the_answer(self):
+        images, others = random_images(15, (1, 6, 6)), random_images(15, (1, 6, 6), 1)
+        said = bright(images).argmax(1)
+        target = torch.where(torch.arange(15) % 2 == 0, said, 1 - said)  # every other one is what it is
+        metric = CounterfactualTransitionMetric(bright, steps=7, batch_size=2)
+        value = run(metric, in_batches(torch.stack([images, others], 1), target), False)
+        odd = slice(1, None, 2)
+        self.assertAlmostEqual(value, cout(images[odd], others[odd], bright, target[odd], steps=7).mean(), places=6)
+        asked = torch.full((15, 2), -1)
+        asked[:, 0] = (bright(images)[:, 0] >= 0.5).long()
+        metric = CounterfactualTransitionMetric(bright, multi_label=True, steps=7)
+        self.assertTrue(np.isnan(run(metric, in_batches(torch.stack([images, others], 1), asked), False)))
+
+    @parameterized.expand([((1, 4, 3), True), ((1, 4, 3), False), ((2, 3, 2, 2), True)])
+    def test_realism_through_an_engine(self, shape, decollate):
+        real, extent = random_images(15, shape), int(np.prod(shape))
+        moved = real + 0.3  # equal covariances: the distance is that of the means
+        value = run(RealismMetric("frechet", lambda x: x.flatten(1)), in_batches(moved, real), decollate)
+        self.assertAlmostEqual(value, 0.3**2 * extent, places=4)
+        features = moved.flatten(1), real.flatten(1)
+        value = run(RealismMetric(), in_batches(*features), decollate)
+        self.assertAlmostEqual(value, split_frechet_distance(*features), places=6)
+        value = run(RealismMetric("kernel"), in_batches(*features), decollate)
+        self.assertAlmostEqual(value, kernel_distance(*features).value, places=6)
 
     @parameterized.expand(SHAPES)
     def test_axioms_through_an_engine(self, _, shape):
@@ -579,7 +606,7 @@ class TestMetrics(unittest.TestCase):
             CompositionMetric(lambda x: x, 0)
 
     def test_unknown_figures(self):
-        for metric in (CounterfactualValidityMetric, ProximityMetric):
+        for metric in (CounterfactualValidityMetric, ProximityMetric, RealismMetric):
             with self.assertRaisesRegex(ValueError, f"{metric.__name__}: figure must be one of .*got 'psnr'"):
                 metric("psnr")
 

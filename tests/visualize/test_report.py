@@ -106,6 +106,11 @@ class TestReport(unittest.TestCase):
         for part in ("How to read this page", "When not to trust it", "Not for clinical use", "rule <x>"):
             self.assertIn(part, page.text)
 
+    def test_says_how_many_images_are_not_shown(self) -> None:
+        for out_of, expected in ((None, "3 images, "), (500, "3 images of 500, evenly spread")):
+            page = check_self_contained(self, counterfactual_report(cases(), out_of=out_of))
+            self.assertIn(expected, page.text)
+
     def test_pictures_are_those_of_the_cases(self) -> None:
         shown = cases(1)
         page = check_self_contained(self, counterfactual_report(shown))
