@@ -31,7 +31,9 @@ import argparse
 import json
 import math
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +44,18 @@ from torch import Tensor, nn
 from benchmarks import diffusion_classifier, joint_vs_single
 from benchmarks.common import RESULTS, ROOT, Cell, CellStore, Target, ensure_trained, mean_interval, write_result
 from benchmarks.judges import PlainCNN, disturb_strongly, gaussian_blur, train_cnn, train_robust_cnn
+from benchmarks.monai_recipe import (
+    FINE_TUNING,
+    NOISIEST,
+    Recipe,
+    choose_recipe,
+    get_noisy_classifier,
+    monai_recipe,
+    of_noisy_images,
+)
 from monai_jointdiff.data import open_source
 from monai_jointdiff.engines import ModelDescription
-from monai_jointdiff.inferers import CounterfactualInferer, CounterfactualResult
+from monai_jointdiff.inferers import CounterfactualInferer
 from monai_jointdiff.metrics import choose_threshold, l1_distance, macro_auc, structural_similarity
 from monai_jointdiff.visualize import save_figure
 
@@ -59,12 +70,14 @@ BATCH = 50
 # CONDITION came last: its settings were chosen on 80 validation images of seed 1, after fixed strengths of its rule had
 # been seen on test images of seed 0 (RULES).
 MAIN, FAST, CONDITION = "searched_20_steps", "searched", "class_free_searched"
+RECIPE = "monai_recipe"
 STEPS = {"num_inference_steps": 8, "inversion_iterations": 2}
 SEARCH = {"precision": 1.5, "max_trials": 8}
 METHODS: dict[str, dict[str, Any]] = {
     MAIN: {**STEPS, **SEARCH, "num_inference_steps": 20, "timestep": 500, "probability": 0.97},
     FAST: {**STEPS, **SEARCH, "timestep": 600, "probability": 0.97},
     "two_networks": {**STEPS, **SEARCH, "timestep": 600, "probability": 0.97},
+    RECIPE: {"steps": 93, "strides": [2, 6], "scales": [3.0, 10.0, 30.0, 100.0]},  # about the calls of MAIN
     CONDITION: {
         **STEPS,
         **SEARCH,
@@ -110,9 +123,11 @@ PGD_STEPS = 20
 PGD_RADIUS = 1.25  # of the ball of maximum norm, in units of the L1
 PGD_STEP = 0.2  # in units of the radius
 QUALIFIED = "a second judge, trained against sign steps"
+CHOOSING, COARSER = 10, 4  # validation images of each class that choose the recipe, with fewer steps
 HALF_DISTANCE = "half the median L1 of two test images"
 PICTURES = ("image", "reconstruction", "counterfactual")
 Classify = Callable[[Tensor], Tensor]
+Explain = Callable[[Tensor, Tensor], "Made"]  # images (N, C, H, W) and targets (N,)
 
 
 class TwoNetworks(nn.Module):
@@ -187,7 +202,9 @@ def get_network(method: str, seed: int, work: Path, quick: bool = False) -> tupl
         diffusion_classifier.train(seed, place, quick)
         return joint_vs_single.load(place)
     folder = work / "joint_vs_single" / ("quick" if quick else "")
-    names = {"two_networks": ("classifier", "denoiser"), "representation": (AVERAGING,)}.get(rule or method, ("joint",))
+    apart = ("classifier", "denoiser")
+    of_rule = {"two_networks": apart, RECIPE: apart, "representation": (AVERAGING,)}
+    names = of_rule.get(rule or method, ("joint",))
     found = {}
     for name in names:
         place = folder / f"{DATA}_{name}_{seed}"
@@ -234,7 +251,7 @@ def adversarial(network: Classify, images: Tensor, target: Tensor, l1: Tensor) -
     return images + scaled_to(change, l1)
 
 
-def controls(network: nn.Module, result: CounterfactualResult, target: Tensor, l1: Tensor) -> dict[str, list[Tensor]]:
+def controls(network: nn.Module, result: Made, target: Tensor, l1: Tensor) -> dict[str, list[Tensor]]:
     """Changed images by name; several where the worse one counts."""
     images = result.image
     generator = torch.Generator().manual_seed(0)
@@ -326,34 +343,122 @@ class Court:
         return rows
 
 
+@dataclass(frozen=True)
+class Made:
+    """Counterfactuals of a batch, by whatever way.
+
+    Args:
+        image: (N, C, H, W) in [-1, 1].
+        counterfactual: as the images.
+        reconstruction: the same way without guidance.
+        scale: strength of the guidance (N,).
+        network_calls: per image.
+        seconds: for all.
+    """
+
+    image: Tensor
+    counterfactual: Tensor
+    reconstruction: Tensor
+    scale: Tensor
+    network_calls: float
+    seconds: float
+
+
+def by_inferer(network: nn.Module, description: ModelDescription, options: Mapping[str, Any]) -> Explain:
+    """The way of a `CounterfactualInferer` of these options."""
+    inferer = CounterfactualInferer(description.build_scheduler("ddim"), **options)
+
+    def explain(images: Tensor, target: Tensor) -> Made:
+        found = inferer(images, network, target=target)
+        return Made(
+            found.image,
+            found.counterfactual,
+            found.reconstruction,
+            torch.tensor(found.record.scale),
+            found.network_calls,
+            found.seconds,
+        )
+
+    return explain
+
+
+def by_recipe(networks: TwoNetworks, description: ModelDescription, recipe: Recipe, noisy: Any) -> Explain:
+    """The way of MONAI's recipe; the reconstruction, which it does not need, is not counted.
+
+    Args:
+        networks: classifier and denoiser.
+        description: of them.
+        recipe: steps and strength.
+        noisy: the classifier, tuned to noisy images.
+    """
+    scheduler = description.build_scheduler("ddim")
+
+    def denoiser(x: Tensor, timesteps: Tensor) -> Tensor:
+        return scheduler.predict_epsilon(networks.denoiser(x, timesteps), timesteps, x)
+
+    def run(images: Tensor, target: Tensor, one: Recipe) -> Tensor:
+        loop = monai_recipe(images, target, denoiser, of_noisy_images(noisy), scheduler.alphas_cumprod, one)
+        return [*loop][-1].clamp(-1, 1)
+
+    def explain(images: Tensor, target: Tensor) -> Made:
+        started = time.perf_counter()
+        counterfactual = run(images, target, recipe)
+        seconds = time.perf_counter() - started
+        reconstruction = run(images, target, replace(recipe, scale=0.0))
+        calls, scale = recipe.denoiser_calls + recipe.classifier_calls, torch.full((len(images),), recipe.scale)
+        return Made(images, counterfactual, reconstruction, scale, calls, seconds)
+
+    return explain
+
+
 def measure(
     method: str, options: Mapping[str, Any], seed: int, court: Court, work: Path, quick: bool = False
 ) -> dict[str, Any]:
     """One cell: the network of a method and seed."""
     network, description = get_network(method, seed, work, quick)
-    return examine(network, description, options, court, pictures_of(work, method, seed, quick))
+    pictures = pictures_of(work, method, seed, quick)
+    if method != RECIPE:
+        return examine(network, by_inferer(network, description, options), options, court, pictures)
+    assert isinstance(network, TwoNetworks)
+    scheduler = description.build_scheduler("ddim")
+    cache = work / "counterfactual" / ("quick" if quick else "") / f"noisy_classifier_{DATA}_{seed}.pt"
+    levels, steps = scheduler.alphas_cumprod[:NOISIEST], 2 if quick else FINE_TUNING
+    noisy = get_noisy_classifier(network.classifier, *court.parts["train"], levels, cache, steps, seed)
+    recipes = [Recipe(options["steps"], stride, scale) for stride in options["strides"] for scale in options["scales"]]
+
+    images, labels = court.parts["val"]
+    right = [probabilities(n, images).argmax(1) == labels for n in (court.oracles[ORACLE], network)]
+    images, labels = of_both_classes(images[right[0] & right[1]], labels[right[0] & right[1]], CHOOSING)
+
+    def flips(one: Recipe) -> float:
+        made = by_recipe(network, description, one, noisy)(images, 1 - labels)
+        flipped = (probabilities(court.oracles[ORACLE], made.counterfactual).argmax(1) != labels).double()
+        return min(float(flipped[labels == label].mean()) for label in (0, 1))
+
+    recipe = recipes[0] if quick else choose_recipe(flips, recipes, COARSER)
+    values = examine(network, by_recipe(network, description, recipe, noisy), options, court, pictures)
+    return {**values, "recipe": asdict(recipe)}
 
 
 def examine(
-    network: nn.Module, description: ModelDescription, options: Mapping[str, Any], court: Court, pictures: Path
+    network: nn.Module, explain: Explain, options: Mapping[str, Any], court: Court, pictures: Path
 ) -> dict[str, Any]:
     """Counterfactuals of one network by one rule, and the controls beside them.
 
     Args:
         network: the network that is explained.
-        description: of it.
-        options: of the `CounterfactualInferer`.
+        explain: the way to counterfactuals.
+        options: of that way, to be kept.
         court: images and judges.
         pictures: file for images, reconstructions, counterfactuals and labels.
     """
     images, labels = court.trial(network)
-    inferer = CounterfactualInferer(description.build_scheduler("ddim"), **options)
     judges = {"model": network, **court.oracles}
     flips: dict[str, list[Tensor]] = {}
     numbers: dict[str, list[Tensor]] = {"l1": [], "l1 of reconstruction": [], "ssim": [], "scale": []}
     calls, seconds, made = [], 0.0, []
     for batch, label in zip(images.split(BATCH), labels.split(BATCH), strict=True):
-        result = inferer(batch, network, target=1 - label)
+        result = explain(batch, 1 - label)
         l1 = torch.as_tensor(l1_distance(result.counterfactual.clamp(-1, 1), batch)).float()
         shown = {"ours": [result.counterfactual]} | controls(network, result, 1 - label, l1)
         for judge, judging in judges.items():
@@ -363,7 +468,7 @@ def examine(
         numbers["l1"].append(l1)
         numbers["l1 of reconstruction"].append(torch.as_tensor(l1_distance(result.reconstruction, batch)))
         numbers["ssim"].append(torch.as_tensor(structural_similarity(result.counterfactual.clamp(-1, 1), batch)))
-        numbers["scale"].append(torch.tensor(result.record.scale))
+        numbers["scale"].append(result.scale)
         calls.append(result.network_calls)
         made.append({name: getattr(result, name) for name in PICTURES} | {"label": label})
         seconds += result.seconds
@@ -707,12 +812,20 @@ def tables(store: CellStore, half_distance: float) -> None:
         f"Machines of the cells: {', '.join(joint_vs_single.machines(store))}; on each an oracle of its own, trained "
         "by the same recipe."
     )
+    steps = METHODS[RECIPE]["steps"]
+    recipes = {seed: Recipe(**cell["recipe"]) for seed in SEEDS if (cell := cell_of(store, RECIPE, seed))}
+    chosen = "; ".join(f"seed {seed}: {one.timestep} and {one.scale:g}" for seed, one in recipes.items())
     notes = [
         f"Seeds measured: {measured}; {images} From before it are {', '.join(before) or 'none'}: their rows show no "
         f"robust oracle, and mix both choices of images. {INTERVALS}",
         f"(oracle), (robust oracle), (model): share of the images whose answer flips. {CONTROLS} {PGD}",
-        "`two_networks` is our rule with two networks, not MONAI's recipe, which was measured on few images (what a "
-        "counterfactual costs).",
+        f"`two_networks` is our rule with two networks; `{RECIPE}` is MONAI's with the same two: {steps} steps of DDIM "
+        f"out and back, led by the gradient of the classifier tuned to noisy images ({FINE_TUNING} steps more), at "
+        f"about the calls of `{MAIN}`. Timestep and scale were chosen by the oracle, in its favour, on {2 * CHOOSING} "
+        f"validation images with {COARSER} times fewer steps, from T' of "
+        f"{' and '.join(str(steps * stride) for stride in METHODS[RECIPE]['strides'])} and scales of "
+        f"{', '.join(f'{scale:g}' for scale in METHODS[RECIPE]['scales'])}: {chosen or 'not run'}. Its reconstruction "
+        "is the same way without the gradient, and is not counted.",
         "The oracle's augmentation was made milder after its test AUC had been seen (0.94); timestep and probability "
         f"of `{FAST}` were chosen on 30 validation images, after a first look at 20 test images with an unfinished "
         f"network. `{MAIN}` came later: that 20 steps from T' = 500 change less was seen on test images of seed 0 (the "
@@ -824,7 +937,10 @@ def main() -> None:
     )
     grid = [(name, seed) for seed in SEEDS for name in METHODS] + [(name, 0) for name in (*ABLATION, *RULES)]
     if options.quick:
-        grid = [(name, 0) for name in (MAIN, "T300_scale3", "class_free_T900_scale3", "representation_T500_scale100")]
+        grid = [
+            (name, 0)
+            for name in (MAIN, RECIPE, "T300_scale3", "class_free_T900_scale3", "representation_T500_scale100")
+        ]
     if options.cells is not None:
         grid = [(name, seed) for name, seed in grid if f"{name}:{seed}" in options.cells]
     settings = {"images": count, "epochs": epochs, "oracle epochs": oracle_epochs}

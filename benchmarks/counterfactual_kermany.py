@@ -160,9 +160,10 @@ def main() -> None:
         def measure(cell: Cell) -> dict[str, Any]:
             if cell.method == "oracles":
                 return {"rows": court.about_oracles()}
-            found = get_network(cell.method, cell.seed, options.work, options.quick)
+            network, description = get_network(cell.method, cell.seed, options.work, options.quick)
             pictures = folder / f"pictures_{DATA}_{cell.method}_{cell.seed}.pt"
-            return counterfactual.examine(*found, METHODS[cell.method], court, pictures)
+            explain = counterfactual.by_inferer(network, description, METHODS[cell.method])
+            return counterfactual.examine(network, explain, METHODS[cell.method], court, pictures)
 
         store.run_missing([Cell(DATA, name, seed) for name, seed in grid], measure)
     if not options.quick:

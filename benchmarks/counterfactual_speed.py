@@ -29,7 +29,6 @@ recipe by the oracle, in its favour; our one strength by the model alone. `--cel
 from __future__ import annotations
 
 import argparse
-import copy
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -39,7 +38,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import diffusion_classifier, joint_vs_single
@@ -61,6 +59,15 @@ from benchmarks.counterfactual import (
     probabilities,
     share_interval,
 )
+from benchmarks.monai_recipe import (
+    FINE_TUNING,
+    NOISIEST,
+    Recipe,
+    choose_recipe,
+    get_noisy_classifier,
+    monai_recipe,
+    of_noisy_images,
+)
 from monai_jointdiff.inferers import CounterfactualInferer, CounterfactualResult
 from monai_jointdiff.metrics import l1_distance
 from monai_jointdiff.schedulers import DDIMGridScheduler
@@ -80,139 +87,14 @@ OURS: dict[str, dict[str, Any]] = {
     "class condition, found for each, 8 steps": {**METHODS[CONDITION], **STEPS},
     "class condition, found for each, 20 steps": METHODS[CONDITION],
 }
-FINE_TUNING = 200  # steps of the classifier on noisy images
 BEYOND = "smaller direction less the recipe's (oracle)"
 WORST_BEYOND = f"{BEYOND}, worst seed"
 BATCHED, AT_VALIDITY = 5, 20  # targets: times faster at equal calls, and at an equal validity
-Predict = Callable[[Tensor, Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """MONAI's recipe.
-
-    Args:
-        steps: out, and back.
-        stride: timesteps between two steps; 1 is the tutorial's grid.
-        scale: of the gradient.
-    """
-
-    steps: int = 200
-    stride: int = 3
-    scale: float = 30.0
-
-    @property
-    def timestep(self) -> int:
-        """Where the way back begins."""
-        return self.steps * self.stride
-
-    @property
-    def denoiser_calls(self) -> int:
-        """Per image."""
-        return 2 * self.steps
-
-    @property
-    def classifier_calls(self) -> int:
-        """Per image, with their gradients."""
-        return self.steps
 
 
 RECIPE = Recipe()
 RECIPES = [replace(RECIPE, stride=stride, scale=scale) for stride in (1, 3) for scale in (3.0, 10.0, 30.0, 100.0)]
 COARSER = 10  # the recipes are compared with so many times fewer steps of as much greater stride
-
-
-def ddim(sample: Tensor, epsilon: Tensor, alpha_bar: Tensor, alpha_bar_next: Tensor) -> Tensor:
-    """One deterministic step of DDIM, toward noise or away from it (Song et al. 2020, equation 12 with eta = 0).
-
-    Args:
-        sample: (N, C, *spatial) at alpha_bar.
-        epsilon: predicted noise in it.
-        alpha_bar: where the sample stands.
-        alpha_bar_next: where it goes.
-    """
-    clean = (sample - (1 - alpha_bar).sqrt() * epsilon) / alpha_bar.sqrt()
-    return alpha_bar_next.sqrt() * clean + (1 - alpha_bar_next).sqrt() * epsilon
-
-
-def monai_recipe(
-    images: Tensor, target: Tensor, denoiser: Predict, classifier: Predict, alphas_cumprod: Tensor, recipe: Recipe
-) -> Iterator[Tensor]:
-    """Reversed DDIM with the denoiser, then DDIM with the gradient of a separate classifier at x_t.
-
-    Args:
-        images: (N, C, *spatial) in [-1, 1].
-        target: classes (N,).
-        denoiser: predicted noise of (x_t, t).
-        classifier: logits (N, K) of (x_t, t).
-        alphas_cumprod: (T,).
-        recipe: steps and scale.
-
-    Yields:
-        the sample after each of the 2 steps steps; the last is the counterfactual.
-    """
-    alphas_cumprod = alphas_cumprod.to(images)
-    grid = range(0, recipe.timestep + 1, recipe.stride)
-    sample = images
-    for now, following in zip(grid[:-1], grid[1:], strict=True):
-        with torch.no_grad():
-            epsilon = denoiser(sample, torch.full((len(images),), now))
-            sample = ddim(sample, epsilon, alphas_cumprod[now], alphas_cumprod[following])
-        yield sample
-    for now, following in zip(grid[:0:-1], grid[-2::-1], strict=True):
-        timesteps = torch.full((len(images),), now)
-        with torch.no_grad():
-            epsilon = denoiser(sample, timesteps)
-        with torch.enable_grad():
-            x = sample.detach().requires_grad_()
-            log_probability = classifier(x, timesteps).log_softmax(1).gather(1, target[:, None]).sum()
-            (gradient,) = torch.autograd.grad(log_probability, x)
-        epsilon = epsilon - recipe.scale * (1 - alphas_cumprod[now]).sqrt() * gradient
-        sample = ddim(sample, epsilon, alphas_cumprod[now], alphas_cumprod[following])
-        yield sample
-
-
-def of_noisy_images(classifier: Any) -> Predict:
-    """Logits of (x_t, t)."""
-    return lambda x, timesteps: classifier.head(classifier.encode(x, timesteps))
-
-
-def get_noisy_classifier(
-    network: Any, images: Tensor, labels: Tensor, alphas_cumprod: Tensor, cache: Path, steps: int, seed: int
-) -> Any:
-    """The separate classifier, tuned to noisy images as MONAI's is, once.
-
-    Args:
-        network: the classifier of clean images.
-        images: (N, C, H, W) in [-1, 1].
-        labels: (N,).
-        alphas_cumprod: (T,) of the timesteps to learn.
-        cache: where to keep the weights.
-        steps: of AdamW, 32 images each.
-        seed: of order, timesteps and noise.
-    """
-    tuned = copy.deepcopy(network)
-    if cache.is_file():
-        tuned.load_state_dict(torch.load(cache, weights_only=True))
-        return tuned.eval()
-    torch.manual_seed(seed)
-    learned = [p for n, p in tuned.named_parameters() if not n.startswith(("up_blocks", "out"))]
-    optimizer = torch.optim.AdamW(learned, 3e-4)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    alphas_cumprod = alphas_cumprod.to(images)
-    tuned.train()
-    for _ in range(steps):
-        index = torch.randint(len(images), (32,))
-        timesteps = torch.randint(len(alphas_cumprod), (32,))
-        level = alphas_cumprod[timesteps].reshape(-1, 1, 1, 1)
-        noisy = level.sqrt() * images[index] + (1 - level).sqrt() * torch.randn_like(images[index])
-        optimizer.zero_grad()
-        F.cross_entropy(of_noisy_images(tuned)(noisy, timesteps), labels[index]).backward()
-        optimizer.step()
-        schedule.step()
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(tuned.state_dict(), cache)
-    return tuned.eval()
 
 
 @dataclass
@@ -324,22 +206,6 @@ def worse_direction(judge: Classify, shown: Tensor, labels: Tensor) -> float:
     return min(float(flipped[labels == label].mean()) for label in (0, 1))
 
 
-def choose_recipe(run: Callable[[Recipe], Tensor], judge: Classify, labels: Tensor) -> Recipe:
-    """The recipe whose counterfactuals a judge follows most, of equal ones the one of the weakest gradient.
-
-    Args:
-        run: counterfactuals (N, C, H, W) of a recipe.
-        judge: of the flips.
-        labels: of the images (N,).
-    """
-
-    def flips(recipe: Recipe) -> float:
-        coarser = replace(recipe, steps=max(2, recipe.steps // COARSER), stride=recipe.stride * COARSER)
-        return worse_direction(judge, run(coarser), labels)
-
-    return max(RECIPES, key=lambda recipe: (flips(recipe), -recipe.scale, -recipe.stride))
-
-
 def choose_strength(
     options: Mapping[str, Any], scheduler: DDIMGridScheduler, network: Any, images: Tensor, labels: Tensor
 ) -> float:
@@ -406,7 +272,7 @@ def measure(size: str, seed: int, work: Path, quick: bool) -> dict[str, Any]:
     joint, scheduler = networks.explained["classifier"]
     levels = scheduler.alphas_cumprod
     cache = work / "counterfactual_speed" / ("quick" if quick else "") / f"noisy_classifier_{size}_{seed}.pt"
-    learned = levels[: RECIPE.timestep + 1]
+    learned = levels[:NOISIEST]
     noisy = get_noisy_classifier(networks.classifier, *court.parts["train"], learned, cache, tuning, seed)
     asked = [] if quick else [networks.classifier, *(network for network, _ in networks.explained.values())]
     images, labels = court.trial(*asked)
@@ -422,7 +288,11 @@ def measure(size: str, seed: int, work: Path, quick: bool) -> dict[str, Any]:
     judge = court.oracles[ORACLE]
     right = torch.stack([probabilities(n, chosen).argmax(1) == chosen_labels for n in (judge, *asked)]).all(0)
     chosen, chosen_labels = of_both_classes(chosen[right], chosen_labels[right], CHOOSING)
-    recipe = choose_recipe(lambda one: [*loop(chosen, 1 - chosen_labels, one)][-1], judge, chosen_labels)
+
+    def flips(one: Recipe) -> float:
+        return worse_direction(judge, [*loop(chosen, 1 - chosen_labels, one)][-1], chosen_labels)
+
+    recipe = choose_recipe(flips, RECIPES, COARSER)
     recipe = replace(recipe, steps=steps, stride=recipe.stride * RECIPE.steps // steps)
     rules = {}
     for name, options in OURS.items():

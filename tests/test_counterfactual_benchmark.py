@@ -35,6 +35,7 @@ from benchmarks import counterfactual, judges, localization
 from benchmarks import counterfactual_kermany as again
 from benchmarks import counterfactual_quality as quality
 from benchmarks import counterfactual_speed as speed
+from benchmarks import monai_recipe as recipes
 from benchmarks.common import RESULTS, ROOT, Cell, CellStore
 from benchmarks.render import render_table
 from monai_jointdiff.inferers import CounterfactualInferer
@@ -570,13 +571,13 @@ class TestRecipe(unittest.TestCase):
         self.monai.set_timesteps(100 // stride)
         x, target = images(2, 1, 4, 4).double(), torch.tensor([1, 0])
         classifier = Linear(images(1, 4, 4, seed=1).double())
-        recipe = speed.Recipe(steps=4, stride=stride, scale=2.5)
+        recipe = recipes.Recipe(steps=4, stride=stride, scale=2.5)
 
         def denoiser(sample: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
             self.assertFalse(torch.is_grad_enabled())  # nothing goes backward through the denoiser
             return 0.3 * sample + 0.01 * timesteps.reshape(-1, 1, 1, 1)
 
-        found = list(speed.monai_recipe(x, target, denoiser, classifier, self.levels.double(), recipe))
+        found = list(recipes.monai_recipe(x, target, denoiser, classifier, self.levels.double(), recipe))
         sample, path = x, []
         for n in range(4):
             with torch.no_grad():
@@ -600,14 +601,30 @@ class TestRecipe(unittest.TestCase):
             mock.Mock(side_effect=lambda x, t: 0 * x),
             mock.Mock(side_effect=Linear(torch.ones(1, 2, 2))),
         )
-        recipe = speed.Recipe(steps=5, stride=2)
-        for _ in speed.monai_recipe(images(1, 1, 2, 2), torch.tensor([1]), denoiser, classifier, self.levels, recipe):
+        recipe = recipes.Recipe(steps=5, stride=2)
+        for _ in recipes.monai_recipe(images(1, 1, 2, 2), torch.tensor([1]), denoiser, classifier, self.levels, recipe):
             pass
         self.assertEqual(denoiser.call_count, recipe.denoiser_calls)
         self.assertEqual(classifier.call_count, recipe.classifier_calls)
         self.assertEqual(speed.RECIPE.steps, 200)
         visited = [int(call.args[1]) for call in denoiser.call_args_list]
         self.assertEqual(visited, [0, 2, 4, 6, 8, 10, 8, 6, 4, 2])
+
+    def test_is_measured_as_our_ways_are(self):
+        x, target = images(3, 1, 4, 4), torch.tensor([1, 0, 1])
+        toward = images(1, 4, 4, seed=1)
+        networks = mock.Mock(denoiser=lambda sample, timesteps: 0 * sample)
+        noisy = mock.Mock(encode=lambda sample, timesteps: sample, head=Linear(toward))
+        description = mock.Mock()
+        description.build_scheduler.return_value = DDIMGridScheduler(prediction_type="epsilon")
+        recipe = recipes.Recipe(steps=5, stride=20, scale=0.5)
+        made = counterfactual.by_recipe(networks, description, recipe, noisy)(x, target)
+        torch.testing.assert_close(made.reconstruction, x, atol=1e-5, rtol=0)  # there is no noise in it
+        moved = ((made.counterfactual - x) * toward).sum((1, 2, 3))
+        self.assertEqual((moved > 0).tolist(), (target == 1).tolist())
+        self.assertEqual((made.network_calls, made.scale.tolist()), (15, [0.5] * 3))
+        self.assertLessEqual(float(made.counterfactual.abs().max()), 1)
+        self.assertGreater(made.seconds, 0)
 
     def test_the_classifier_is_tuned_and_nothing_else(self):
         network = JointDiffusionUNet(
@@ -618,8 +635,8 @@ class TestRecipe(unittest.TestCase):
         x, labels = images(40, 1, 8, 8), torch.arange(40) % 2
         with tempfile.TemporaryDirectory() as folder:
             cache = Path(folder) / "new" / "classifier.pt"
-            tuned = speed.get_noisy_classifier(network, x, labels, self.levels, cache, 2, 0)
-            again = speed.get_noisy_classifier(network, x, labels, self.levels, cache, 0, 0)
+            tuned = recipes.get_noisy_classifier(network, x, labels, self.levels, cache, 2, 0)
+            again = recipes.get_noisy_classifier(network, x, labels, self.levels, cache, 0, 0)
         changed = {n for n, value in tuned.state_dict().items() if not torch.equal(value, before[n])}
         self.assertTrue(
             {name.split(".")[0] for name in changed} <= {*dict(network.named_children())} - {"up_blocks", "out"}
@@ -680,13 +697,12 @@ class TestChoices(unittest.TestCase):
     def test_the_recipe_that_the_judge_follows_most(self):
         asked = []
 
-        def run(recipe: speed.Recipe) -> torch.Tensor:
+        def flips(recipe: recipes.Recipe) -> float:
             asked.append(recipe)
-            strong = recipe.scale >= 30 and recipe.stride == 3 * speed.COARSER
-            return torch.where(self.labels == 0, 1.0, -1.0).reshape(4, 1, 1, 1) * (1 if strong else -1)
+            return float(recipe.scale >= 30 and recipe.stride == 3 * speed.COARSER)
 
-        found = speed.choose_recipe(run, flips_from(0.0), self.labels)
-        self.assertEqual(found, speed.Recipe(200, 3, 30.0))  # of equal ones the weakest
+        found = recipes.choose_recipe(flips, speed.RECIPES, speed.COARSER)
+        self.assertEqual(found, recipes.Recipe(200, 3, 30.0))  # of equal ones the weakest
         self.assertEqual({recipe.steps for recipe in asked}, {200 // speed.COARSER})
         self.assertEqual({recipe.timestep for recipe in asked}, {200, 600})
         self.assertEqual(len(asked), len(speed.RECIPES))
