@@ -31,7 +31,7 @@ from scipy.ndimage import gaussian_filter
 from scipy.stats import binomtest, t
 from torch import nn
 
-from benchmarks import counterfactual, judges, localization
+from benchmarks import counterfactual, inversion, judges, localization
 from benchmarks import counterfactual_kermany as again
 from benchmarks import counterfactual_quality as quality
 from benchmarks import counterfactual_speed as speed
@@ -767,7 +767,12 @@ class TestCosts(unittest.TestCase):
         def line(name: str, faster: float, worst: float, beyond: float) -> dict[str, Any]:
             times = {"times faster": {"mean": faster}, "times faster, worst seed": worst}
             beside = {speed.BEYOND: {"mean": 0.3}, speed.WORST_BEYOND: beyond}
-            return {"method": name, "networks": "default", "seeds": 3, **times, **beside}
+            shares = {
+                f"{j}, {d}": {"mean": v}
+                for j, v in (("model", 0.9), ("robust oracle", 0.8))
+                for d in (NORMAL, PNEUMONIA)
+            }
+            return {"method": name, "networks": "default", "seeds": 3, **times, **beside, **shares}
 
         rows = [line("recipe", 1, 1, 0), line("batch", 5.1, 4.9, 0)]
         ours = [line("a", 30.0, 21.0, 0.0), line("b", 22.0, 19.0, 0.1), line("c", 40.0, 40.0, -0.1)]
@@ -778,6 +783,7 @@ class TestCosts(unittest.TestCase):
         self.assertEqual([target.met for target in (a, b, c)], [True, False, False])
         self.assertRegex(a.sentence(), r": a, .*at least 20 times.*: met \(30 times, worst seed 21, valid.*3 seeds")
         self.assertRegex(a.sentence(), "too few to show that validities are equal")
+        self.assertRegex(a.sentence(), r"model 0.90 \(the recipe 0.90\); robust oracle 0.80 \(the recipe 0.80\)")
         self.assertRegex(
             c.found, r"40 times, worst seed 40, not as valid \(beside the recipe \+0.30, worst seed -0.10\)"
         )
@@ -791,6 +797,40 @@ class TestCosts(unittest.TestCase):
         self.assertEqual((committed["title"], committed["notes"]), (title, keywords["notes"]))
         self.assertEqual((committed["rows"], committed["environment"]), (rows, keywords["environment"]))
         self.assertEqual(committed["targets"], [asdict(target) for target in keywords["targets"]])
+        self.assertEqual([t.figure for t in keywords["targets"] if t.met is None], [f"{speed.SPEED}, larger networks"])
+
+
+class TestRoundTrip(unittest.TestCase):
+    """Of a network for which the way back is known: the noise is a share of the sample."""
+
+    def test_more_iterations_come_closer_and_cost_more(self):
+        def network(sample: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+            return 0.5 * torch.tanh(sample)
+
+        x, errors, spent = images(2, 1, 4, 4), [], []
+        for iterations in (1, 2, 30):
+            inferer = CounterfactualInferer(
+                DDIMGridScheduler(), timestep=300, num_inference_steps=10, inversion_iterations=iterations
+            )
+            decoded, calls = inversion.round_trip(x, network, inferer)
+            errors.append(float((decoded - x).abs().max()))
+            spent.append(calls)
+        self.assertTrue(errors[0] > 2 * errors[1] > 0, errors)
+        self.assertLess(errors[2], 1e-3)
+        self.assertEqual(spent[:2], [20, 30])
+
+    def test_table(self):
+        cells = [
+            {"rows": [{"timestep": 300, "iterations": 1, "calls": 40, "rmse": r, "worst image": 2 * r}]}
+            for r in (0.1, 0.3)
+        ]
+        with mock.patch.object(inversion, "write_result") as write:
+            inversion.tables(cells, None)
+        ((_, _, (row,)), keywords) = write.call_args
+        self.assertEqual((row["T'"], row["iterations"], row["calls"]["mean"]), (300, 1, 40))
+        self.assertAlmostEqual(row["RMSE"]["mean"], 0.2)
+        self.assertEqual(row["RMSE, worst image of all seeds"], 0.6)
+        self.assertIn("2 of 3 seeds", keywords["notes"])
 
 
 if __name__ == "__main__":
