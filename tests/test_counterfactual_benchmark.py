@@ -376,12 +376,20 @@ class TestMapsWithoutGeneration(unittest.TestCase):
         with mock.patch.object(localization, "cam_maps", side_effect=lambda _, x, c, layer: found[layer]):
             self.assertEqual(localization.best_layer(network, cases), layers[1])
 
+    def test_the_patch_whose_occlusion_lies_best_in_the_masks(self):
+        masks = torch.zeros(2, 1, 8, 8, dtype=torch.bool)
+        masks[..., 2:5, 2:5] = True
+        cases = localization.Cases(images(2, 1, 8, 8), torch.ones(2, dtype=torch.long), masks)
+        found = {4: images(2, 1, 8, 8, seed=1), 8: masks.float(), 16: 1 - masks.float()}
+        with mock.patch.object(localization, "occlusion_maps", side_effect=lambda _, x, c, patch: found[patch]):
+            self.assertEqual(localization.best_patch(Linear(images(1, 8, 8)), cases), 8)
+
     def test_occlusion_falls_where_the_class_is_covered(self):
         weight = torch.zeros(1, 16, 16)
         weight[0, 3, 3] = 4.0
         x = torch.full((2, 1, 16, 16), -1.0)
         x[:, :, 3, 3] = 1.0
-        maps = localization.occlusion_maps(Linear(weight), x, torch.tensor([1, 0]))
+        maps = localization.occlusion_maps(Linear(weight), x, torch.tensor([1, 0]), 4)
         self.assertEqual(maps.shape, (2, 1, 16, 16))
         self.assertGreater(float(maps[0, 0, 3, 3]), 0)
         self.assertLess(float(maps[0, 0, 8:, 8:].abs().max()), 1e-6)
