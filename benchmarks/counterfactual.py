@@ -909,10 +909,12 @@ def draw(store: CellStore, half_distance: float, file: Path) -> None:
             if cell_of(store, name, 0) is None:
                 continue
             axes.plot(*points([name], "oracle, ours"), marker, color=color, markersize=8, label=label)
+            axes.plot(*points([name], "oracle, adversarial"), "x", color="#de2d26")
         for rule, color in (("class_free", "#e6550d"), ("representation", "#e7298a")):
             names = [name for name in RULES if name.startswith(rule) and cell_of(store, name, 0)]
             if names:
                 axes.plot(*points(names, "oracle, ours"), "v", color=color, label=f"{rule}, one strength*")
+                axes.plot(*points(names, "oracle, adversarial"), "x", color="#de2d26")
         axes.set(title=direction, xlabel="median L1 to the image", xlim=(0, None), ylim=(0, 1.03))
         axes.grid(color="#e6e6e6")
     figure.axes[0].set_ylabel("share that flips the oracle")

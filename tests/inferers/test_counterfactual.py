@@ -391,6 +391,38 @@ class TestChains(unittest.TestCase):
             self.assertTrue(torch.equal(getattr(result, name), getattr(again, name)), name)
         self.assertEqual([again.record.of_image(n) for n in range(3)], records)
 
+    @parameterized.expand(
+        [
+            ("class_free", 2, {"rule": "class_free"}, {}, None),
+            ("class_free, labels", 2, {"rule": "class_free"}, {"multi_label": True}, 1),
+            ("representation", 2, {"rule": "representation", "region_fraction": 0.3}, {"head": "mediffusion"}, None),
+            ("classifier in 3d", 3, {"region_fraction": 0.3}, {}, None),
+            ("class_free in 3d", 3, {"rule": "class_free", "encoding": "noise"}, {}, None),
+            (
+                "latents",
+                2,
+                {"autoencoder": HalvingAutoencoder(), "scale_factor": 0.7, "region_fraction": 0.3},
+                {},
+                None,
+            ),
+        ]
+    )
+    def test_replay_by_every_rule_and_in_every_space(
+        self, _: str, spatial_dims: int, options: dict[str, Any], of_network: dict[str, Any], target: int | None
+    ) -> None:
+        network = tiny_unet(spatial_dims, **of_network)
+        size = (16, 16) if "autoencoder" in options else (8,) * spatial_dims
+        x = torch.randn(2, 1, *size, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
+        space = {name: options[name] for name in ("autoencoder", "scale_factor") if name in options}
+        settings = {"timestep": 250, "num_inference_steps": 3, "probability": None, "scale": 2.0, **options}
+        result = CounterfactualInferer(self.scheduler, **settings)(x, network, target=target, seed=5)
+        self.assertGreater(float(result.difference.abs().max()), 0)
+        records = json.loads(json.dumps([result.record.of_image(n) for n in range(2)]))
+        record = CounterfactualRecord.of_images(records, result.record.region)
+        again = CounterfactualInferer(self.scheduler, **space).replay(x, network, record)
+        for name in ("counterfactual", "reconstruction", "difference", "probabilities_counterfactual", "reached"):
+            self.assertTrue(torch.equal(getattr(result, name), getattr(again, name)), name)
+
     def test_replay_of_one_image_and_in_the_precision_of_the_record(self) -> None:
         network = tiny_unet()
         options = {"timestep": 250, "num_inference_steps": 4, "probability": 0.5, "max_trials": 3}
