@@ -808,6 +808,8 @@ def tables(store: CellStore, half_distance: float) -> None:
         f"{IMAGES} test images a direction and seed that model and oracles classify rightly (model and the first "
         "oracle alone in cells from before the robust one was made)."
     )
+    single = {name: values for name in (*ABLATION, *RULES) if (values := cell_of(store, name, 0))}
+    old = [name for name, values in single.items() if not by_both([values])]
     machines = (
         f"Machines of the cells: {', '.join(joint_vs_single.machines(store))}; on each an oracle of its own, trained "
         "by the same recipe."
@@ -834,7 +836,8 @@ def tables(store: CellStore, half_distance: float) -> None:
         f"`{CONDITION}` is led by the class condition, by a smaller network (channels {diffusion_classifier.CHANNELS}, "
         "trained with the overlay train_conditional.json); nothing goes backward through it. Its settings were chosen "
         "on 80 validation images of seed 1, after fixed strengths of its rule had been seen on test images of seed 0.",
-        f"{machines} So was the joint network of seed 0: that of this table is not the one of the ablation.",
+        f"{machines} On the first all that has no robust oracle was measured"
+        f"{': ' + ', '.join(before) if before else ''}{', and part of the ablation' if old else ''}.",
         f"The targets are those of {MAIN}, then of {CONDITION}, by the mean over seeds and by the worst seed.",
     ]
     asked = [
@@ -845,7 +848,6 @@ def tables(store: CellStore, half_distance: float) -> None:
     if rows:
         title = f"Counterfactuals on {NAME}"
         write_result("counterfactual", title, rows, targets=asked, notes=notes, environment=environment)
-    single = {name: values for name in (*ABLATION, *RULES) if (values := cell_of(store, name, 0))}
     rows = [row(name, direction, [values]) for name, values in single.items() for direction in DIRECTIONS]
     if rows:
         missing = [name for name in (*ABLATION, *RULES) if name not in single]
@@ -855,16 +857,20 @@ def tables(store: CellStore, half_distance: float) -> None:
             if r["blur (oracle)"]["mean"] >= 0.10
         ]
         notes = [
-            f"Seed 0 alone; {images} {machines} Rows with the robust oracle are of the second machine, of its oracles, "
-            f"and of its network; the others, with the network of seed 0 of the first, are not to be compared "
-            f"with them to a few points. {INTERVALS} {CONTROLS} {PGD}",
+            f"Seed 0 alone; {images} {machines} "
+            + (
+                f"Of the first machine, with another network of the same training, are {', '.join(old)}: not to be "
+                "compared with the other rows to a few points. "
+                if old
+                else ""
+            )
+            + f"{INTERVALS} {CONTROLS} {PGD}",
             f"Blur of that L1 flips the oracle on 0.10 or more in {', '.join(blur)}.",
             "The rules `class_free` and `representation` need networks of their own, which are smaller (channels "
             f"{diffusion_classifier.CHANNELS}); `class_free` is led by a network trained with the overlay "
             "train_conditional.json, whose noise levels are shifted (T' = 900 is as noisy as 500 of the others), "
             "`representation` by one whose head averages (`--head mediffusion`). "
-            "The region of `T500_scale3_region` was drawn when pixels beyond the border counted as unchanged: off "
-            f"it. Of what was planned, not run: {', '.join(missing) or 'nothing'}.",
+            f"Of what was planned, not run: {', '.join(missing) or 'nothing'}.",
         ]
         if all(name in single for name in BY_STEPS):
             notes.insert(1, fewer_steps({steps: single[name] for name, steps in BY_STEPS.items()}))
