@@ -804,10 +804,8 @@ def tables(store: CellStore, half_distance: float) -> None:
     rows = [row(m, d, cells, worst=True) for m, cells in of_method.items() for d in DIRECTIONS if cells]
     measured = ", ".join(f"{NAMES.get(m, m)} {len(cells)} of {len(SEEDS)}" for m, cells in of_method.items())
     before = [f"{m} {n}" for m in METHODS for n in SEEDS if (v := cell_of(store, m, n)) and not by_both([v])]
-    images = (
-        f"{IMAGES} test images a direction and seed that model and oracles classify rightly (model and the first "
-        "oracle alone in cells from before the robust one was made)."
-    )
+    images = f"{IMAGES} test images a direction and seed that model and oracles classify rightly"
+    first_alone = " (model and the first oracle alone in cells from before the robust one was made)"
     single = {name: values for name in (*ABLATION, *RULES) if (values := cell_of(store, name, 0))}
     old = [name for name, values in single.items() if not by_both([values])]
     machines = (
@@ -818,7 +816,7 @@ def tables(store: CellStore, half_distance: float) -> None:
     recipes = {seed: Recipe(**cell["recipe"]) for seed in SEEDS if (cell := cell_of(store, RECIPE, seed))}
     chosen = "; ".join(f"seed {seed}: {one.timestep} and {one.scale:g}" for seed, one in recipes.items())
     notes = [
-        f"Seeds measured: {measured}; {images} From before it are {', '.join(before) or 'none'}: their rows show no "
+        f"Seeds measured: {measured}; {images}{first_alone}. From before it are {', '.join(before) or 'none'}: their rows show no "
         f"robust oracle, and mix both choices of images. {INTERVALS}",
         f"(oracle), (robust oracle), (model): share of the images whose answer flips. {CONTROLS} {PGD}",
         f"`two_networks` is our rule with two networks; `{RECIPE}` is MONAI's with the same two: {steps} steps of DDIM "
@@ -857,9 +855,9 @@ def tables(store: CellStore, half_distance: float) -> None:
             if r["blur (oracle)"]["mean"] >= 0.10
         ]
         notes = [
-            f"Seed 0 alone; {images} {machines} "
+            f"Seed 0 alone; {images}{first_alone if old else ''}. "
             + (
-                f"Of the first machine, with another network of the same training, are {', '.join(old)}: not to be "
+                f"{machines} Of the first machine, with another network of the same training, are {', '.join(old)}: not to be "
                 "compared with the other rows to a few points. "
                 if old
                 else ""
