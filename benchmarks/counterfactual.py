@@ -816,16 +816,16 @@ def tables(store: CellStore, half_distance: float) -> None:
     recipes = {seed: Recipe(**cell["recipe"]) for seed in SEEDS if (cell := cell_of(store, RECIPE, seed))}
     chosen = "; ".join(f"seed {seed}: {one.timestep} and {one.scale:g}" for seed, one in recipes.items())
     notes = [
-        f"Seeds measured: {measured}; {images}{first_alone}. From before it are {', '.join(before) or 'none'}: their rows show no "
-        f"robust oracle, and mix both choices of images. {INTERVALS}",
+        f"Seeds measured: {measured}; {images}{first_alone}. From before it are {', '.join(before) or 'none'}: their "
+        f"rows show no robust oracle, and mix both choices of images. {INTERVALS}",
         f"(oracle), (robust oracle), (model): share of the images whose answer flips. {CONTROLS} {PGD}",
         f"`two_networks` is our rule with two networks; `{RECIPE}` is MONAI's with the same two: {steps} steps of DDIM "
         f"out and back, led by the gradient of the classifier tuned to noisy images ({FINE_TUNING} steps more), at "
         f"about the calls of `{MAIN}`. Timestep and scale were chosen by the oracle, in its favour, on {2 * CHOOSING} "
         f"validation images with {COARSER} times fewer steps, from T' of "
         f"{' and '.join(str(steps * stride) for stride in METHODS[RECIPE]['strides'])} and scales of "
-        f"{', '.join(f'{scale:g}' for scale in METHODS[RECIPE]['scales'])}: {chosen or 'not run'}. Its reconstruction "
-        "is the same way without the gradient, and is not counted.",
+        f"{', '.join(f'{scale:g}' for scale in METHODS[RECIPE]['scales'])}: {chosen or 'not run'} (stronger "
+        "ones than the strongest were not tried). Its reconstruction is the same way without the gradient, and is not counted.",
         "The oracle's augmentation was made milder after its test AUC had been seen (0.94); timestep and probability "
         f"of `{FAST}` were chosen on 30 validation images, after a first look at 20 test images with an unfinished "
         f"network. `{MAIN}` came later: that 20 steps from T' = 500 change less was seen on test images of seed 0 (the "
@@ -857,8 +857,8 @@ def tables(store: CellStore, half_distance: float) -> None:
         notes = [
             f"Seed 0 alone; {images}{first_alone if old else ''}. "
             + (
-                f"{machines} Of the first machine, with another network of the same training, are {', '.join(old)}: not to be "
-                "compared with the other rows to a few points. "
+                f"{machines} Of the first machine, with another network of the same training, are {', '.join(old)}: "
+                "not to be compared with the other rows to a few points. "
                 if old
                 else ""
             )
