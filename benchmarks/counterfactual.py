@@ -825,7 +825,8 @@ def tables(store: CellStore, half_distance: float) -> None:
         f"validation images with {COARSER} times fewer steps, from T' of "
         f"{' and '.join(str(steps * stride) for stride in METHODS[RECIPE]['strides'])} and scales of "
         f"{', '.join(f'{scale:g}' for scale in METHODS[RECIPE]['scales'])}: {chosen or 'not run'} (stronger "
-        "ones than the strongest were not tried). Its reconstruction is the same way without the gradient, and is not counted.",
+        "ones than the strongest were not tried). Its reconstruction is the same way without the gradient, and is not "
+        "counted.",
         "The oracle's augmentation was made milder after its test AUC had been seen (0.94); timestep and probability "
         f"of `{FAST}` were chosen on 30 validation images, after a first look at 20 test images with an unfinished "
         f"network. `{MAIN}` came later: that 20 steps from T' = 500 change less was seen on test images of seed 0 (the "
