@@ -108,10 +108,12 @@ RULES: dict[str, dict[str, Any]] = {
         "scale": float(scale),
     }
     for rule, timestep, scale in (
-        ("class_free", 900, 3),  # of shifted noise levels: as noisy as T' = 500 of the others
+        ("class_free", 900, 1),  # of shifted noise levels: as noisy as T' = 500 of the others
+        ("class_free", 900, 3),
         ("class_free", 900, 10),
         ("class_free", 960, 3),  # as 700
         ("representation", 500, 100),
+        ("representation", 500, 300),
         ("representation", 500, 1000),
     )
 }
