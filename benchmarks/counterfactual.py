@@ -189,6 +189,12 @@ def probabilities(network: Classify, images: Tensor) -> Tensor:
         return torch.cat([network(batch).softmax(1) for batch in images.clamp(-1, 1).split(128)])
 
 
+def worse_direction(judge: Classify, shown: Tensor, labels: Tensor) -> float:
+    """Share of flipped images (N, C, H, W) in the direction that flips fewer."""
+    flipped = (probabilities(judge, shown).argmax(1) != labels).double()
+    return min(float(flipped[labels == label].mean()) for label in (0, 1))
+
+
 def get_network(method: str, seed: int, work: Path, quick: bool = False) -> tuple[nn.Module, ModelDescription]:
     """The trained network of a method, trained where it is missing.
 
@@ -422,24 +428,39 @@ def measure(
     if method != RECIPE:
         return examine(network, by_inferer(network, description, options), options, court, pictures)
     assert isinstance(network, TwoNetworks)
-    scheduler = description.build_scheduler("ddim")
+    levels = description.build_scheduler("ddim").alphas_cumprod[:NOISIEST]
     cache = work / "counterfactual" / ("quick" if quick else "") / f"noisy_classifier_{DATA}_{seed}.pt"
-    levels, steps = scheduler.alphas_cumprod[:NOISIEST], 2 if quick else FINE_TUNING
-    noisy = get_noisy_classifier(network.classifier, *court.parts["train"], levels, cache, steps, seed)
+    tuning = 2 if quick else FINE_TUNING
+    noisy = get_noisy_classifier(network.classifier, *court.parts["train"], levels, cache, tuning, seed)
+
+    def way(recipe: Recipe) -> Explain:
+        return by_recipe(network, description, recipe, noisy)
+
     recipes = [Recipe(options["steps"], stride, scale) for stride in options["strides"] for scale in options["scales"]]
+    recipe = recipes[0] if quick else best_recipe(network, way, recipes, court)
+    return {**examine(network, way(recipe), options, court, pictures), "recipe": asdict(recipe)}
 
+
+def best_recipe(
+    network: nn.Module, way: Callable[[Recipe], Explain], recipes: Sequence[Recipe], court: Court
+) -> Recipe:
+    """The recipe that the oracle follows most, on validation images that it and the network classify rightly.
+
+    Args:
+        network: that is explained.
+        way: of a recipe.
+        recipes: to choose from.
+        court: images and judges.
+    """
     images, labels = court.parts["val"]
-    right = [probabilities(n, images).argmax(1) == labels for n in (court.oracles[ORACLE], network)]
-    images, labels = of_both_classes(images[right[0] & right[1]], labels[right[0] & right[1]], CHOOSING)
+    oracle = court.oracles[ORACLE]
+    right = torch.stack([probabilities(n, images).argmax(1) == labels for n in (oracle, network)]).all(0)
+    images, labels = of_both_classes(images[right], labels[right], CHOOSING)
 
-    def flips(one: Recipe) -> float:
-        made = by_recipe(network, description, one, noisy)(images, 1 - labels)
-        flipped = (probabilities(court.oracles[ORACLE], made.counterfactual).argmax(1) != labels).double()
-        return min(float(flipped[labels == label].mean()) for label in (0, 1))
+    def flips(recipe: Recipe) -> float:
+        return worse_direction(oracle, way(recipe)(images, 1 - labels).counterfactual, labels)
 
-    recipe = recipes[0] if quick else choose_recipe(flips, recipes, COARSER)
-    values = examine(network, by_recipe(network, description, recipe, noisy), options, court, pictures)
-    return {**values, "recipe": asdict(recipe)}
+    return choose_recipe(flips, recipes, COARSER)
 
 
 def examine(

@@ -54,11 +54,11 @@ from benchmarks.counterfactual import (
     ROBUST,
     ROBUST_EPOCHS,
     STEPS,
-    Classify,
     Court,
     of_both_classes,
     probabilities,
     share_interval,
+    worse_direction,
 )
 from benchmarks.monai_recipe import (
     FINE_TUNING,
@@ -200,12 +200,6 @@ def get_networks(size: str, seed: int, work: Path, quick: bool = False) -> Netwo
         explained["class_free"] = joint_vs_single.load(place)
     of_rules = {rule: (network, about.build_scheduler("ddim")) for rule, (network, about) in explained.items()}
     return Networks(found["classifier"][0], found["denoiser"][0], of_rules)
-
-
-def worse_direction(judge: Classify, shown: Tensor, labels: Tensor) -> float:
-    """Share of flipped images (N, C, H, W) in the direction that flips fewer."""
-    flipped = (probabilities(judge, shown).argmax(1) != labels).double()
-    return min(float(flipped[labels == label].mean()) for label in (0, 1))
 
 
 def choose_strength(

@@ -634,6 +634,25 @@ class TestRecipe(unittest.TestCase):
         self.assertLessEqual(float(made.counterfactual.abs().max()), 1)
         self.assertGreater(made.seconds, 0)
 
+    def test_is_chosen_by_the_oracle_on_validation_images(self):
+        labels = torch.arange(40) % 2
+        x = torch.where(labels == 0, -1.0, 1.0).reshape(-1, 1, 1, 1)
+        judge = flips_from(0.0)
+        x[0] = 1.0  # what the judges get wrong does not take part
+        court = mock.Mock(oracles={"oracle": judge}, parts={"val": (x, labels)})  # there is no test part
+        asked = []
+
+        def way(recipe: recipes.Recipe) -> Any:
+            def explain(images: torch.Tensor, target: torch.Tensor) -> Any:
+                asked.append((recipe.steps, len(images), int(target.sum())))
+                return mock.Mock(counterfactual=-images if recipe.scale == 10 else images)
+
+            return explain
+
+        choices = [recipes.Recipe(40, 2, scale) for scale in (3.0, 10.0, 30.0)]
+        self.assertEqual(counterfactual.best_recipe(judge, way, choices, court), choices[1])
+        self.assertEqual(set(asked), {(40 // counterfactual.COARSER, 20, 10)})
+
     def test_the_classifier_is_tuned_and_nothing_else(self):
         network = JointDiffusionUNet(
             spatial_dims=2, in_channels=1, out_channels=1, num_classes=2, channels=(8, 8),
